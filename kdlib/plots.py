@@ -1,0 +1,308 @@
+"""Every figure and table of the book. Each function returns what it drew, and a notebook's last line shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import Markdown
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, told apart with any colour vision; each network keeps its colour through the book
+TEACHER, ALONE, DISTILLED = "#0072B2", "#D55E00", "#009E73"
+PALETTE = (TEACHER, ALONE, DISTILLED, "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 110,
+    "figure.facecolor": "white",  # opaque, so that the figure is legible on a dark page too
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.prop_cycle": plt.cycler(color=PALETTE),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "image.interpolation": "nearest",
+}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markdown:
+    """A table; the first column is left-aligned, the others right-aligned."""
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return Markdown("\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines))
+
+
+def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 3), **kw) -> tuple[Figure, np.ndarray]:
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **kw)
+    plt.close(figure)  # so that it is shown once, as the cell's result
+    return figure, axes
+
+
+def _picture(axes, image: np.ndarray) -> None:
+    """One image (H, W, C) uint8; grey ones dark on light, as ink on paper."""
+    if image.shape[2] == 1:
+        axes.imshow(255 - image[..., 0], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    else:
+        axes.imshow(image, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color="#999999", linewidth=0.6)
+
+
+def image_grid(
+    images, titles: Sequence[str] = (), *, columns: int = 10, row_names: Sequence[str] = (),
+    size: tuple[float, float] | None = None,
+) -> Figure:  # fmt: skip
+    """Images (N, H, W, C) uint8 in a grid, each under its title."""
+    rows = -(-len(images) // columns)
+    height = 0.95 if titles else 0.75
+    figure, axes = _figure(rows, columns, size or (0.75 * columns, height * rows + 0.1))
+    for place, ax in enumerate(axes.flat):
+        if place >= len(images):
+            ax.set_axis_off()
+            continue
+        _picture(ax, np.asarray(images[place]))
+        if place < len(titles):
+            ax.set_title(titles[place], fontsize=8)
+    for row, name in enumerate(row_names):
+        axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    return figure
+
+
+def bars(
+    names: Sequence[str],
+    groups: Mapping[str, Sequence[float]],
+    ylabel: str,
+    *,
+    errors: Mapping[str, Sequence[float]] | None = None,
+    colors: Sequence[str] = PALETTE,
+    bottom: float | None = None,
+    size: tuple[float, float] = (7, 3),
+) -> Figure:
+    """Bars side by side: one cluster a name, one colour a group; `errors` are drawn as whiskers."""
+    figure, axes = _figure(size=size)
+    ax, width = axes[0, 0], 0.8 / len(groups)
+    for number, (group, values) in enumerate(groups.items()):
+        x = np.arange(len(names)) + (number - (len(groups) - 1) / 2) * width
+        error = errors.get(group) if errors else None
+        ax.bar(x, values, width * 0.92, yerr=error, label=group, color=colors[number], capsize=2)
+    ax.set(xticks=range(len(names)), ylabel=ylabel)
+    ax.set_xticklabels(
+        names,
+        rotation=30 if max(map(len, names)) > 6 else 0,
+        ha="right" if max(map(len, names)) > 6 else "center",
+    )
+    ax.grid(axis="x", visible=False)
+    if bottom is not None:
+        ax.set_ylim(bottom=bottom)
+    if len(groups) > 1:
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return figure
+
+
+def lines(
+    x: Sequence[float],
+    curves: Mapping[str, Sequence[float] | np.ndarray],
+    xlabel: str,
+    ylabel: str,
+    *,
+    colors: Sequence[str] = PALETTE,
+    log_x: bool = False,
+    log_y: bool = False,
+    ylim: tuple[float | None, float | None] | None = None,
+    marks: Mapping[str, float] | None = None,
+    size: tuple[float, float] = (7, 3),
+) -> Figure:
+    """Curves over `x`. A curve of shape (seeds, len(x)) is drawn as its mean with a band of one standard deviation.
+
+    `marks` are vertical lines at positions of `x`, each under its name.
+    """
+    figure, axes = _figure(size=size)
+    ax = axes[0, 0]
+    for number, (name, values) in enumerate(curves.items()):
+        values = np.atleast_2d(np.asarray(values, float))
+        color = colors[number % len(colors)]
+        dashes = ("-", "--", ":", "-.")[number % 4]  # so that colour is not all that tells the curves apart
+        mean = values.mean(0)
+        ax.plot(
+            x,
+            mean,
+            label=name,
+            color=color,
+            linestyle=dashes,
+            marker="o" if len(x) < 12 else None,
+            markersize=4,
+        )
+        if len(values) > 1:
+            spread = values.std(0, ddof=1)
+            ax.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+    for name, position in (marks or {}).items():
+        ax.axvline(position, color="#555555", linewidth=0.8, linestyle=":")
+        ax.annotate(name, (position, 1), xycoords=("data", "axes fraction"), xytext=(3, -10),
+                    textcoords="offset points", fontsize=8, color="#555555")  # fmt: skip
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    if log_x:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if log_y:
+        ax.set_yscale("log")
+    if ylim is not None:
+        ax.set_ylim(ylim)  # after the scale; without limits Matplotlib chooses them
+    if len(curves) > 1:
+        ax.legend(frameon=False)
+    return figure
+
+
+def heatmap(
+    values, row_names: Sequence[str], column_names: Sequence[str], *, ylabel: str = "", xlabel: str = "",
+    style: str = "{:.2f}", colorbar: str = "", size: tuple[float, float] = (6, 4.5), top: float | None = None,
+) -> Figure:  # fmt: skip
+    """A matrix as colours with its numbers written in; `top` caps the colour scale."""
+    values = np.asarray(values, float)
+    figure, axes = _figure(size=size)
+    ax = axes[0, 0]
+    top = np.nanmax(values) if top is None else top
+    shown = ax.imshow(values, cmap="Blues", vmax=top, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if style and np.isfinite(value):
+            dark = value > (shown.norm.vmin + shown.norm.vmax) / 2
+            ax.text(
+                column,
+                row,
+                style.format(value),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if dark else "black",
+            )
+    turned = max(map(len, column_names)) > 4
+    ax.set_xticks(
+        range(len(column_names)),
+        column_names,
+        rotation=45 if turned else 0,
+        ha="right" if turned else "center",
+    )
+    ax.set_yticks(range(len(row_names)), row_names)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(False)
+    if colorbar:
+        figure.colorbar(shown, label=colorbar, shrink=0.9)
+    return figure
+
+
+def histogram(
+    samples: Mapping[str, Sequence[float]], xlabel: str, *, bins: int = 30, log_y: bool = False,
+    colors: Sequence[str] = PALETTE, size: tuple[float, float] = (7, 3),
+) -> Figure:  # fmt: skip
+    """How often which value occurs, as a share of each sample, so that samples of any size compare."""
+    figure, axes = _figure(size=size)
+    ax = axes[0, 0]
+    edges = np.histogram_bin_edges(np.concatenate([np.asarray(v, float) for v in samples.values()]), bins)
+    for number, (name, values) in enumerate(samples.items()):
+        weights = np.full(len(values), 1 / len(values))
+        ax.hist(
+            values,
+            edges,
+            weights=weights,
+            label=name,
+            histtype="stepfilled",
+            color=colors[number],
+            alpha=0.25,
+        )
+        ax.hist(values, edges, weights=weights, histtype="step", color=colors[number], linewidth=1.5)
+    ax.set(xlabel=xlabel, ylabel="share of images")
+    if log_y:
+        ax.set_yscale("log")
+    if len(samples) > 1:
+        ax.legend(frameon=False)
+    return figure
+
+
+def soft_targets(
+    images, probabilities: Mapping[str, np.ndarray], class_names: Sequence[str], titles: Sequence[str] = ()
+) -> Figure:
+    """A row an image: the picture (H, W, C) uint8, then its class probabilities (N, C) once for each name."""
+    figure, axes = _figure(
+        len(images), 1 + len(probabilities), (7.5, 1.15 * len(images) + 0.6),
+        width_ratios=[1] + [2.6] * len(probabilities), sharex="col",
+    )  # fmt: skip
+    for row, image in enumerate(images):
+        _picture(axes[row, 0], np.asarray(image))
+        if row < len(titles):
+            axes[row, 0].set_ylabel(titles[row], rotation=0, ha="right", va="center", fontsize=9)
+        for column, (name, values) in enumerate(probabilities.items(), start=1):
+            ax = axes[row, column]
+            share = np.asarray(values[row], float)
+            colors = [ALONE if c == share.argmax() else TEACHER for c in range(len(share))]
+            ax.bar(range(len(share)), share, color=colors)
+            ax.set(ylim=(0, 1), yticks=(0, 0.5, 1), xticks=range(len(class_names)))
+            ax.set_xticklabels(class_names, rotation=90 if max(map(len, class_names)) > 2 else 0, fontsize=8)
+            ax.tick_params(axis="y", labelsize=7)
+            ax.grid(axis="x", visible=False)
+            if row == 0:
+                ax.set_title(name, fontsize=10)
+    return figure
+
+
+def reliability(found: Mapping[str, object], *, size: tuple[float, float] | None = None) -> Figure:
+    """Reliability diagrams from :func:`kdlib.evaluate.calibration`: accuracy against confidence, one panel each.
+
+    A dot's area tells how many images its bin holds; a calibrated network's dots lie on the diagonal.
+    """
+    figure, axes = _figure(1, len(found), size or (2.6 * len(found), 2.9), sharey=True)
+    for number, (ax, (name, bins)) in enumerate(zip(axes[0], found.items(), strict=True)):
+        ax.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
+        ax.scatter(bins.confidence, bins.accuracy, s=8 + 300 * bins.count / bins.count.sum(),
+                   color=PALETTE[number], alpha=0.7, linewidth=0, clip_on=False)  # fmt: skip
+        ticks = (0, 0.25, 0.5, 0.75, 1)
+        ax.set(xlim=(0, 1), ylim=(0, 1), title=name, xlabel="confidence", aspect="equal", xticks=ticks, yticks=ticks)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
+    axes[0, 0].set_ylabel("accuracy")
+    return figure
+
+
+def paired(
+    names: tuple[str, str], pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str,
+    *, reference: Mapping[str, float] | None = None, size: tuple[float, float] | None = None,
+) -> Figure:  # fmt: skip
+    """A panel a network: each seed's two measurements joined by a line, and `reference` as a dashed level."""
+    figure, axes = _figure(1, len(pairs), size or (1.0 + 3.0 * len(pairs), 3.2))
+    for ax, (title, (first, second)) in zip(axes[0], pairs.items(), strict=True):
+        aside = 0.03 * (np.arange(len(first)) - (len(first) - 1) / 2)  # so that equal figures do not hide each other
+        for dx, a, b in zip(aside, first, second, strict=True):
+            ax.plot([dx, 1 + dx], [a, b], color="#BBBBBB", linewidth=1, zorder=1)
+        for x, values, color in ((0, first, ALONE), (1, second, DISTILLED)):
+            ax.scatter(x + aside, values, color=color, zorder=2)
+            ax.plot([x - 0.15, x + 0.15], [np.mean(values)] * 2, color=color, linewidth=2.5, zorder=3)
+        for name, level in (reference or {}).items():
+            ax.axhline(level, color=TEACHER, linestyle="--", linewidth=1.2)
+            ax.annotate(name, (0.5, level), ha="center", va="bottom", fontsize=8, color=TEACHER)
+        ax.set(xticks=(0, 1), xlim=(-0.4, 1.4), ylabel=ylabel, title=title)
+        ax.set_xticklabels(names)
+        ax.grid(axis="x", visible=False)
+    return figure
+
+
+def results(found: Mapping) -> Figure:
+    """The test accuracies of ``results.json``: a row a network, a dot a seed, a bar at the mean."""
+    colors = {"teacher": TEACHER, "student": ALONE, "distilled": DISTILLED}
+    names = {"teacher": "teacher", "student": "student alone", "distilled": "distilled student"}
+    runs = found["runs"]
+    figure, axes = _figure(size=(7, 0.9 + 0.5 * len(runs)))
+    ax = axes[0, 0]
+    for row, run in enumerate(runs):
+        accuracy = 100 * np.asarray(run["accuracy"])
+        ax.scatter(accuracy, np.full(len(accuracy), row), color=colors[run["role"]], alpha=0.6, linewidth=0)
+        ax.plot([accuracy.mean()] * 2, [row - 0.28, row + 0.28], color=colors[run["role"]], linewidth=2.5)
+    ax.set_yticks(
+        range(len(runs)), [f"{names[r['role']]}\n{r['network']}, {r['parameters']:,} parameters" for r in runs]
+    )
+    ax.set(xlabel="test accuracy, %", ylim=(len(runs) - 0.5, -0.5))
+    ax.grid(axis="y", visible=False)
+    return figure

@@ -1,0 +1,106 @@
+"""What the unit tests share: folders of their own, no GPU, and image sets small enough to train on in a blink."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+from kdlib import build
+from kdlib.data import ImageSet
+
+matplotlib.use("Agg")
+torch.set_num_threads(1)  # so small a network is faster on one, and gives the same sums everywhere
+
+
+@pytest.fixture
+def isolated(monkeypatch, tmp_path):
+    """kdlib in folders of its own, on the CPU, whatever the machine and its environment."""
+    monkeypatch.setenv("KDLIB_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("KDLIB_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.delenv("KDLIB_PROFILE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def make_images(
+    count: int = 48,
+    *,
+    classes: int = 4,
+    size: tuple[int, int] = (8, 8),
+    channels: int = 1,
+    padding: int = 1,
+    flip: bool = False,
+    seed: int = 0,
+    name: str = "toy/train",
+) -> ImageSet:
+    """Noise with a bright quadrant that tells the class, so that a network can learn it in a few steps."""
+    random = np.random.RandomState(seed)
+    height, width = size
+    labels = random.permutation(np.arange(count) % classes)
+    images = random.randint(0, 100, (count, height, width, channels))
+    for image, label in zip(images, labels, strict=True):
+        row, column = divmod(label % 4, 2)
+        image[row * height // 2 :, column * width // 2 :][: height // 2, : width // 2] += 150
+    return ImageSet(
+        name=name,
+        images=torch.from_numpy(images.astype(np.uint8)),
+        labels=torch.from_numpy(labels.astype(np.int64)),
+        class_names=tuple(f"class {c}" for c in range(classes)),
+        mean=(0.3, 0.4, 0.5)[:channels],
+        std=(0.2, 0.25, 0.3)[:channels],
+        padding=padding,
+        flip=flip,
+    )
+
+
+@pytest.fixture
+def image_set():
+    """A function that makes a small :class:`ImageSet`; see :func:`make_images`."""
+    return make_images
+
+
+@pytest.fixture
+def toy_teacher():
+    """A function that makes a network in eval mode whose batch norm has seen data, so that its mode matters."""
+
+    def make(data: ImageSet, network: str = "digits_cnn", seed: int = 7) -> torch.nn.Module:
+        model = build(network, data.classes, data.channels, seed=seed).train()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for _ in range(20):
+                height, width = data.images.shape[1:3]
+                model(2 * torch.randn(8, data.channels, height, width, generator=generator) + 1)
+            for parameter in model.parameters():  # answers that differ from image to image
+                parameter.mul_(2)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def contents():
+    """A function that tells what a folder holds, so that a test can say that nothing in it changed."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+    return read
+
+
+class SideEffect:
+    """An object that, when a file that holds it is read with pickle, makes a folder: it must never appear."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture
+def side_effect(tmp_path):
+    """An object that makes the folder `side_effect.folder` when it is unpickled."""
+    return SideEffect(tmp_path / "executed")

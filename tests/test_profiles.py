@@ -1,0 +1,191 @@
+"""Profiles, how parameters override them, and where their artefacts go."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdlib import build, count_parameters, profiles, resolve
+from kdlib.data import DATA_SETS
+from kdlib.models import NETWORKS
+from kdlib.profiles import PARAMETERS, PROFILES, outputs_folder
+
+pytestmark = pytest.mark.usefixtures("isolated")
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_names_what_there_is_and_its_student_is_the_smaller(name):
+    profile = resolve(name)
+    assert profile.name == name
+    assert "-" not in name  # what follows a hyphen in a folder's name tells a run with overrides
+    assert profile.dataset in DATA_SETS
+    assert {profile.teacher, *profile.students} <= NETWORKS.keys()
+    for student in profile.students:
+        assert count_parameters(build(student, 10)) < count_parameters(build(profile.teacher, 10))
+
+
+@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("views", [None, 2])
+def test_the_soft_labels_hold_every_view_that_the_student_sees(name, views):
+    profile = resolve(name, views=views)
+    assert profile.views is None or (profile.student_recipe.views or math.inf) <= profile.views
+
+
+def test_the_profiles_are_those_of_the_design():
+    quick, full = resolve("quick"), resolve("full")
+    assert (quick.dataset, full.dataset) == ("digits", "cifar10")
+    assert (full.teacher, full.students[0]) == ("resnet50", "cnn")
+    assert len(quick.seeds) >= 5
+
+
+def test_auto_is_full_where_cuda_is_there_and_quick_elsewhere(monkeypatch):
+    assert resolve("auto") == resolve() == resolve("quick")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve() == resolve("full")
+
+
+@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("cuda", [True, False])
+def test_auto_is_the_environments_profile_where_it_names_one(monkeypatch, name, cuda):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setenv("KDLIB_PROFILE", name)
+    assert resolve("auto").name == name
+    assert resolve("quick").name == "quick"  # what is asked for by name comes first
+
+
+@pytest.mark.parametrize("value", ["", "auto"])
+def test_an_environment_that_leaves_it_open_is_auto(monkeypatch, value):
+    monkeypatch.setenv("KDLIB_PROFILE", value)
+    assert resolve().name == "quick"
+
+
+def test_an_unknown_profile_is_refused_with_the_nearest_name(monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"profile 'quik' is unknown: expected auto, quick, full; did you mean 'quick'\?"
+    ):
+        resolve("quik")
+    with pytest.raises(ValueError, match=r"profile 'xyz' is unknown: expected auto, quick, full$"):
+        resolve("xyz")
+    monkeypatch.setenv("KDLIB_PROFILE", "ful")
+    with pytest.raises(ValueError, match=r"profile 'ful' is unknown: .* did you mean 'full'\?"):
+        resolve()
+
+
+def test_an_unknown_parameter_is_refused_with_the_nearest_name():
+    message = r"parameter 'temprature' is unknown: expected one of limit, epochs, .*; did you mean 'temperature'\?"
+    with pytest.raises(TypeError, match=message):
+        resolve("quick", temprature=8)
+    with pytest.raises(TypeError, match=r"parameter 'xyz' is unknown: expected one of limit, epochs, .*, seed$"):
+        resolve("quick", xyz=1)
+    with pytest.raises(TypeError, match="parameter 'xyz' is unknown"):
+        resolve("quick", xyz=None)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"temperature": 0}, "temperature is 0: expected a number above 0"),
+        ({"temperature": "hot"}, "temperature is 'hot': expected a finite number"),
+        ({"alpha": 1.2}, r"alpha is 1\.2: expected a number in \[0, 1\]"),
+        ({"alpha": math.nan}, "alpha is nan: expected a finite number"),
+        ({"limit": 0}, "limit is 0: expected a whole number of at least 1"),
+        ({"limit": 2.5}, r"limit is 2\.5: expected a whole number of at least 1"),
+        ({"n_seeds": 0}, "n_seeds is 0: expected a whole number of at least 1"),
+        ({"seed": -1}, "seed is -1: expected a whole number of at least 0"),
+        ({"epochs": 0}, "epochs is 0: expected a whole number of at least 1"),
+        ({"views": 0}, "views is 0: expected a whole number of at least 1, or None"),
+        ({"student": "tiny_cn"}, r"network 'tiny_cn' is unknown: .* did you mean 'tiny_cnn'\?"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(override, message):
+    with pytest.raises(ValueError, match=message):
+        resolve("quick", **override)
+
+
+def test_each_parameter_changes_what_it_names_and_nothing_else():
+    given = {
+        "limit": 50,
+        "epochs": 2,
+        "views": 3,
+        "temperature": 8,
+        "alpha": 0.5,
+        "student": "cnn",
+        "n_seeds": 2,
+        "seed": 6,
+    }
+    assert given.keys() == set(PARAMETERS)
+    plain, changed = resolve("quick"), resolve("quick", **given)
+    assert (changed.limit, changed.temperature, changed.alpha, changed.n_seeds) == (50, 8, 0.5, 2)
+    assert changed.students == ("cnn",)
+    assert (changed.views, plain.views) == (3, None)
+    assert changed.seeds == (6, 7)
+    teacher, student = changed.teacher_recipe, changed.student_recipe
+    assert (teacher.epochs, teacher.seed, teacher.views) == (2, 6, plain.teacher_recipe.views)
+    assert (student.epochs, student.seed, student.views) == (2, 6, 3)
+    assert (changed.dataset, changed.teacher, changed.name) == (plain.dataset, plain.teacher, plain.name)
+    assert teacher.learning_rate == plain.teacher_recipe.learning_rate
+    assert student.learning_rate == plain.student_recipe.learning_rate
+
+
+def test_parameters_that_are_none_leave_the_profile_as_it_is():
+    assert resolve("quick", **dict.fromkeys(PARAMETERS)) == resolve("quick")
+
+
+def test_the_profiles_themselves_are_never_changed():
+    before = dict(PROFILES)
+    resolve("quick", epochs=1, seed=4, student="cnn")
+    assert before == PROFILES
+
+
+def test_a_profile_has_its_own_folder_and_overrides_another(tmp_path):
+    outputs = tmp_path / "outputs"
+    assert resolve("quick").folder == outputs / "quick"
+    folders = [
+        resolve("quick", **overrides).folder
+        for overrides in ({"seed": 1}, {"seed": 2}, {"temperature": 8.0}, {"seed": 1, "temperature": 8.0})
+    ]
+    assert len(set(folders)) == 4
+    assert all(folder.parent == outputs and folder.name.startswith("quick-") for folder in folders)
+    assert resolve("quick", temperature=8.0, seed=1).folder == folders[3]  # in whatever order they are given
+    assert resolve("full", seed=1).folder.name.startswith("full-")
+
+
+def test_a_run_may_name_its_folder(tmp_path):
+    assert resolve("quick", run="mine", seed=1).folder == tmp_path / "outputs" / "quick-mine"
+    assert resolve("quick", run="mine").folder == tmp_path / "outputs" / "quick-mine"
+    assert resolve("quick", run="").folder == tmp_path / "outputs" / "quick"
+
+
+def test_the_artefacts_have_the_names_of_the_design():
+    full = resolve("full")
+    assert full.file("teacher") == "teacher_resnet50.pth"
+    assert full.file("distilled", "cnn") == full.file("distilled", "cnn", 0) == "student_cnn.pth"
+    assert full.file("distilled", "cnn", 2) == "student_cnn_seed2.pth"
+    assert full.file("student", "wide_resnet14", 1) == "student_wide_resnet14_alone_seed1.pth"
+    assert resolve("quick", seed=3).file("distilled", "tiny_cnn", 3) == "student_tiny_cnn.pth"
+
+
+def test_no_two_networks_of_a_profile_share_a_file():
+    for profile in map(resolve, PROFILES):
+        files = [profile.file("teacher")] + [
+            profile.file(role, network, seed)
+            for role in ("student", "distilled")
+            for network in profile.students
+            for seed in profile.seeds
+        ]
+        assert len(set(files)) == len(files)
+
+
+def test_artefacts_go_where_the_environment_says_otherwise_to_the_clone_or_the_working_folder(monkeypatch, tmp_path):
+    assert outputs_folder() == tmp_path / "outputs"
+    monkeypatch.setenv("KDLIB_OUTPUTS", "~/mine")
+    assert outputs_folder() == Path.home() / "mine"
+    monkeypatch.delenv("KDLIB_OUTPUTS")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(profiles, "__file__", str(tmp_path / "clone" / "kdlib" / "profiles.py"))
+    assert outputs_folder() == tmp_path / "work" / "outputs"
+    (tmp_path / "clone" / "book").mkdir(parents=True)
+    (tmp_path / "clone" / "book" / "intro.md").write_text("# The book")
+    assert outputs_folder() == tmp_path / "clone" / "outputs"
