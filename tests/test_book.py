@@ -346,6 +346,15 @@ def test_part_one_as_a_chain_with_parameters(clone):
     assert again.accuracy == pytest.approx(distilled["accuracy"][0], abs=1e-9)
     assert again.nll == pytest.approx(distilled["nll"][0], rel=1e-4)
 
+    # the same by the workshop's own command, which must notice a figure that nobody measured
+    verified = book(clone, "verify", "--profile", "quick", *arguments[4:])
+    assert verified.returncode == 0, verified.stderr
+    distilled["accuracy"][1] += 0.01
+    artefacts.save_json(folder / "results.json", results)
+    refused = book(clone, "verify", "--profile", "quick", *arguments[4:])
+    assert refused.returncode == 1
+    assert "student_tiny_cnn_seed1.pth: accuracy is" in refused.stderr
+
     assert re.search(r"distilled student +tiny_cnn +[\d.]+ ± [\d.]+ %", done.stdout)
     address = re.search(r"The book: file://(\S+)", done.stdout)[1]
     pages = Path(unquote(address)).parent / "book"

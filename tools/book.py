@@ -24,6 +24,7 @@ import tomllib
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill
 import yaml
 from nbformat import NotebookNode
@@ -31,6 +32,7 @@ from nbformat import NotebookNode
 import kdlib
 from kdlib import artefacts, evaluate, plots, profiles
 from kdlib.models import pick_device
+from kdlib.soft_labels import load_soft_labels
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
@@ -269,6 +271,39 @@ def results_table(path: Path) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
+def verify(options: argparse.Namespace) -> None:
+    """Reload what a run left, and recompute its results: every figure must come out again."""
+    profile = resolved(options, read_parameters(options.params, chapters()))
+    data = kdlib.load_data(profile.dataset, limit=profile.limit)
+    wrong = [f"{split.name}: a class is missing" for split in data if len(split.labels.unique()) < split.classes]
+    try:
+        results = evaluate.load_results(profile.folder / "results.json")
+    except (FileNotFoundError, ValueError) as error:
+        raise Failed(str(error)) from error
+    for run in results["runs"]:
+        for place, seed in enumerate(run["seeds"]):
+            path = profile.folder / profile.file(run["role"], run["network"], seed)
+            model = kdlib.build(run["network"], data.test.classes, data.test.channels)
+            found = evaluate.evaluate(artefacts.load_weights(path, model), data.test)
+            if not np.isfinite(artefacts.record(path)["history"]["loss"]).all():
+                wrong.append(f"{path.name}: its training loss was not finite")
+            for name in ("accuracy", "nll", "ece"):
+                told, again = run[name][place], getattr(found, name)
+                if not abs(told - again) <= 0.0005:  # 0.05 point: half precision rounds otherwise on another device
+                    wrong.append(f"{path.name}: {name} is {again:.4f}, results.json says {told:.4f}")
+            print(f"{path.name}: accuracy {found.accuracy:.2%}, results.json {run['accuracy'][place]:.2%}", flush=True)
+            if run["role"] == "teacher":
+                soft_labels = load_soft_labels(profile.folder / "soft_labels.npy", data.train)
+                apart = (kdlib.predict_logits(model, data.train) - soft_labels.logits[0].float()).abs().max().item()
+                scale = soft_labels.logits[0].float().abs().max().item()
+                if not apart <= 0.01 * max(scale, 1):
+                    wrong.append(f"soft_labels.npy: the clean view's logits are off by {apart:.3g}")
+                print(f"soft_labels.npy: {tuple(soft_labels.logits.shape)}, clean view within {apart:.2g}", flush=True)
+    if wrong:
+        raise Failed("what was saved and what was reported differ:\n" + "\n".join(wrong))
+    print(f"all figures of {profile.folder / 'results.json'} come out again")
+
+
 # --- rendering -----------------------------------------------------------------------------------------------------
 
 
@@ -455,13 +490,14 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="command")
-    for action in (run, book, site, publish, status, address, test):
+    for action in (run, book, verify, site, publish, status, address, test):
         command = commands.add_parser(action.__name__, help=action.__doc__.splitlines()[0])
         command.set_defaults(action=action)
-        if action in (run, book, publish):
+        if action in (run, book, verify, publish):
             command.add_argument("--profile", default="auto", help="quick, full, or auto (default)")
+        if action in (run, book, publish):
             command.add_argument("--chapters", default="", help='such as "02 05"; all where not given')
-        if action in (run, book):
+        if action in (run, book, verify):
             command.add_argument("--params", default="", help='such as "temperature=8 seed=1"')
         if action is publish:
             command.add_argument("--force", action="store_true", help="also the chapters that are current")
