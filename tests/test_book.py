@@ -571,3 +571,12 @@ def test_the_tables_of_results_are_those_of_the_published_files(page):
     picture = os.path.relpath(published / "results.png", (ROOT / page).parent)
     shown = workshop(ROOT).shown_results(json.loads(found.read_text(encoding="utf-8")), picture)
     assert f"<!-- results: begin -->\n{shown}<!-- results: end -->" in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_every_paper_that_a_page_links_to_is_in_the_references():
+    def papers(page: Path) -> set[str]:
+        return set(re.findall(r"arxiv\.org/abs/([\d.]+\d)", page.read_text(encoding="utf-8")))
+
+    known = papers(ROOT / "book" / "references.bib")
+    for page in (*CHAPTERS, ROOT / "book" / "intro.md"):
+        assert papers(page) <= known, f"{page.name} links to {papers(page) - known}"
