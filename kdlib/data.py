@@ -7,7 +7,6 @@ its images' bytes, so that index i is the same image for everybody, and a publis
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import zipfile
 import zlib
@@ -439,4 +438,4 @@ def read_image_folder(path: Path) -> dict[str, np.ndarray]:
 
 def steps_per_epoch(data: ImageSet, batch_size: int) -> int:
     """How many batches :func:`batches` yields."""
-    return math.floor(len(data) / min(batch_size, len(data)))
+    return len(data) // min(batch_size, len(data))

@@ -354,6 +354,12 @@ def test_part_one_as_a_chain_with_parameters(clone):
     refused = book(clone, "verify", "--profile", "quick", *arguments[4:])
     assert refused.returncode == 1
     assert "student_tiny_cnn_seed1.pth: accuracy is" in refused.stderr
+    weights = folder / "student_tiny_cnn_seed1.pth"
+    weights.write_bytes(weights.read_bytes()[:100])
+    damaged = book(clone, "verify", "--profile", "quick", *arguments[4:])
+    assert damaged.returncode == 1
+    assert "is not a weights file" in damaged.stderr
+    assert "Traceback" not in damaged.stderr
 
     assert re.search(r"distilled student +tiny_cnn +[\d.]+ ± [\d.]+ %", done.stdout)
     address = re.search(r"The book: file://(\S+)", done.stdout)[1]

@@ -274,15 +274,25 @@ def results_table(path: Path) -> str:
 def verify(options: argparse.Namespace) -> None:
     """Reload what a run left, and recompute its results: every figure must come out again."""
     profile = resolved(options, read_parameters(options.params, chapters()))
+    try:
+        recompute(profile)
+    except (OSError, ValueError) as error:  # kdlib's word on a file that is missing or damaged
+        raise Failed(str(error)) from error
+
+
+def recompute(profile: profiles.Profile) -> None:
+    """Every figure of a run's ``results.json`` from its saved weights; Failed where one does not come out again."""
+
+    def saved(name: str) -> Path:  # a run with parameters uses what fits of the one without
+        own, base = profile.folder / name, artefacts.base_folder(profile.folder) / name
+        return own if own.exists() else base
+
     data = kdlib.load_data(profile.dataset, limit=profile.limit)
     wrong = [f"{split.name}: a class is missing" for split in data if len(split.labels.unique()) < split.classes]
-    try:
-        results = evaluate.load_results(profile.folder / "results.json")
-    except (FileNotFoundError, ValueError) as error:
-        raise Failed(str(error)) from error
+    results = evaluate.load_results(profile.folder / "results.json")
     for run in results["runs"]:
         for place, seed in enumerate(run["seeds"]):
-            path = profile.folder / profile.file(run["role"], run["network"], seed)
+            path = saved(profile.file(run["role"], run["network"], seed))
             model = kdlib.build(run["network"], data.test.classes, data.test.channels)
             found = evaluate.evaluate(artefacts.load_weights(path, model), data.test)
             if not np.isfinite(artefacts.record(path)["history"]["loss"]).all():
@@ -293,7 +303,7 @@ def verify(options: argparse.Namespace) -> None:
                     wrong.append(f"{path.name}: {name} is {again:.4f}, results.json says {told:.4f}")
             print(f"{path.name}: accuracy {found.accuracy:.2%}, results.json {run['accuracy'][place]:.2%}", flush=True)
             if run["role"] == "teacher":
-                soft_labels = load_soft_labels(profile.folder / "soft_labels.npy", data.train)
+                soft_labels = load_soft_labels(saved("soft_labels.npy"), data.train)
                 apart = (kdlib.predict_logits(model, data.train) - soft_labels.logits[0].float()).abs().max().item()
                 scale = soft_labels.logits[0].float().abs().max().item()
                 if not apart <= 0.01 * max(scale, 1):
