@@ -8,7 +8,7 @@ PARAMS   ?=
 TOOL = .venv/bin/python tools/book.py
 CHOSEN = --profile "$(PROFILE)" --chapters "$(CHAPTERS)"
 
-.PHONY: book test site publish status
+.PHONY: book test site publish status bench
 .DEFAULT_GOAL := book
 
 book: .venv/.installed    ## run the chapters, render them, print the results and where the page is
@@ -25,6 +25,9 @@ publish: .venv/.installed ## run the chapters in place, so that they carry their
 
 status: .venv/.installed  ## how each chapter was published, and whether that still holds
 	@$(TOOL) status
+
+bench: .venv/.installed   ## how fast kdlib is beside the loop that most tutorials use
+	@.venv/bin/python tools/bench.py
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -11,7 +11,7 @@ from kdlib.data import load_data
 from kdlib.losses import CrossEntropy, Distillation, distillation_loss
 from kdlib.models import build, count_parameters, predict_logits
 from kdlib.profiles import resolve
-from kdlib.soft_labels import LiveTeacher, SoftLabels, load_or_generate
+from kdlib.soft_labels import LiveTeacher, SoftLabels, load_or_generate, load_published
 from kdlib.train import Recipe, load_or_train, train
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "load_data",
     "load_or_generate",
     "load_or_train",
+    "load_published",
     "predict_logits",
     "resolve",
     "train",

@@ -2,6 +2,9 @@
 
 Beside each file lies ``<file>.json`` with its *fingerprint* (what it was made from: matched) and its *provenance* (how,
 when and where: recorded). A file that does not match is never used and never overwritten: it is set aside.
+
+Some of what the book computed is *published*: kept in the repository, for readers who cannot compute it themselves. The
+record of such a file holds its SHA-256 too, and a file that differs is never used.
 """
 
 from __future__ import annotations
@@ -9,10 +12,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import http.client
+import importlib.metadata
 import json
 import os
 import pickle
 import platform
+import urllib.request
 import uuid
 import zipfile
 from collections.abc import Iterator
@@ -21,6 +27,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+
+_WITHOUT_FETCHING = (
+    "clone the repository, install kdlib from the clone (`pip install -e .`), and what is published comes with it; or "
+    "run the earlier chapters instead (start_from=scratch)"
+)
 
 
 @contextlib.contextmanager
@@ -101,6 +112,74 @@ def find(folder: Path, name: str, fingerprint: dict) -> Path | None:
 def base_folder(folder: Path) -> Path:
     """``outputs/full`` for ``outputs/full-1a2b3c4d``."""
     return folder.with_name(folder.name.partition("-")[0])
+
+
+def clone_folder() -> Path | None:
+    """The clone of the repository that kdlib is used from; None where it is installed without one."""
+    clone = Path(__file__).resolve().parent.parent
+    return clone if (clone / "book" / "intro.md").exists() else None
+
+
+def published(profile: str, name: str, folder: Path) -> Path:
+    """The published file `name` of a profile, its SHA-256 checked.
+
+    It is that of the clone. Where there is none, it is fetched once, with its record, into ``<folder>/published/``.
+
+    Raises:
+        FileNotFoundError: it is not published, or cannot be fetched.
+        ValueError: it is not the file that its record tells of.
+    """
+    place = f"book/published/{profile}"
+    if clone := clone_folder():
+        path, renew = clone / place / name, f"get it back with `git checkout -- {place}`"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is not there: profile {profile} is not published here, or without it; run the earlier "
+                "chapters instead (start_from=scratch), or `git pull`"
+            )
+    else:
+        path, renew = folder / "published" / name, f"delete {folder / 'published'}, so that it is fetched again"
+        for own in (_record_path(path), path):  # the record first: it is small, and nothing is used without it
+            if not own.exists():
+                content = _fetch(f"{repository_address()}/raw/HEAD/{place}/{own.name}")
+                with written_whole(own) as partial:
+                    partial.write_bytes(content)
+    expected = record(path).get("sha256", "one in its record, which has none")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != expected:
+        raise ValueError(
+            f"{path} is not what was published: its SHA-256 is {found}, expected {expected}; {renew}, or run the "
+            "earlier chapters instead (start_from=scratch)"
+        )
+    return path
+
+
+def repository_address() -> str:
+    """The repository's address, as the installed package names it.
+
+    Raises:
+        FileNotFoundError: kdlib is not installed, or names none.
+    """
+    try:
+        urls = importlib.metadata.metadata("kdlib").get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:
+        urls = []
+    found = dict(url.split(", ", 1) for url in urls).get("repository")
+    if found is None:
+        raise FileNotFoundError(f"kdlib's installation names no repository to fetch from: {_WITHOUT_FETCHING}")
+    return found.removesuffix("/")
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        if not url.startswith("https://"):
+            raise OSError("expected an address that begins with https://")
+        with urllib.request.urlopen(url, timeout=30) as response:
+            if not response.url.startswith("https://"):  # where it was sent on
+                raise OSError(f"it leads to {response.url}, expected one that begins with https://")
+            return response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise FileNotFoundError(f"{url} cannot be fetched ({short_reason(error)}): {_WITHOUT_FETCHING}") from error
 
 
 def record(path: Path) -> dict:

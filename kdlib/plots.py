@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 # Okabe and Ito's palette, told apart with any colour vision; each network keeps its colour through the book
 TEACHER, ALONE, DISTILLED = "#0072B2", "#D55E00", "#009E73"
@@ -33,6 +34,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markdown:
     """A table; the first column is left-aligned, the others right-aligned."""
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
     return Markdown("\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines))
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same for a terminal, in columns; the first two left-aligned."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in [header, *rows]:
+        cells = [cell.ljust(w) if n < 2 else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 3), **kw) -> tuple[Figure, np.ndarray]:
@@ -289,6 +300,81 @@ def paired(
     return figure
 
 
+def scatter(
+    groups: Mapping[str, Mapping[str, tuple[Sequence[float] | float, Sequence[float] | float]]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    colors: Sequence[str] = PALETTE,
+    log_x: bool = False,
+    joined: bool = False,
+    front: Sequence[tuple[float, float]] = (),
+    levels: Mapping[str, float] | None = None,
+    size: tuple[float, float] = (7, 4),
+) -> Figure:
+    """Named points: a dot at the means of x and y, whiskers of one standard deviation where there are several.
+
+    A group has a colour and a shape; within it a point is written ``name: (x, y)``, each a number or one a seed.
+
+    Args:
+        joined: connect the points of one name across the groups; the name then stands at the last of them.
+        front: a staircase through these (x, y), rising from left to right.
+        levels: dashed lines at these heights, each under its name.
+    """
+    figure, axes = _figure(size=size)
+    ax, named = axes[0, 0], []
+    means = {g: {n: tuple(np.mean(v) for v in xy) for n, xy in points.items()} for g, points in groups.items()}
+    for number, (group, points) in enumerate(groups.items()):
+        for place, (name, xy) in enumerate(points.items()):
+            spread = [np.std(v, ddof=1) if np.size(v) > 1 else 0 for v in xy]
+            ax.errorbar(*means[group][name], xerr=spread[0] or None, yerr=spread[1] or None,
+                        color=colors[number], fmt="osD^v"[number % 5], markersize=5, elinewidth=1,
+                        label=None if place else group)  # fmt: skip
+            later = [g for g in list(groups)[number + 1 :] if name in groups[g]]
+            if joined and later:
+                ends = np.array([means[group][name], means[later[0]][name]])
+                ax.plot(*ends.T, color="#BBBBBB", linewidth=1, zorder=1)
+            else:
+                named.append((name, means[group][name]))
+    if len(front):
+        ax.step(*zip(*front, strict=True), where="post", color="#555555", linewidth=1, linestyle=":", label="front")
+    for name, level in (levels or {}).items():
+        ax.axhline(level, color="#555555", linestyle="--", linewidth=0.8)
+        ax.annotate(name, (0, level), xycoords=("axes fraction", "data"), xytext=(3, 2), textcoords="offset points",
+                    fontsize=8, color="#555555")  # fmt: skip
+    if log_x:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x < 1000 else EngFormatter(sep="")(x))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.margins(x=0.12)  # room for the names
+    if len(groups) > 1 or len(front):
+        ax.legend(frameon=False)
+    figure.draw_without_rendering()  # so that it is known where everything stands
+    at = [ax.transData.transform(xy) for points in means.values() for xy in points.values()]
+    taken = [xy + np.array([[-4, -4], [4, 4]]) for xy in at]
+    for name, xy in named:
+        _write_beside(ax, name, xy, taken)
+    return figure
+
+
+def _write_beside(ax, name: str, xy: tuple[float, float], taken: list[np.ndarray]) -> None:
+    """A name beside its point, where it covers the least of what is `taken`: boxes ((x0, y0), (x1, y1)) in pixels."""
+    options = []
+    for dx, dy in ((5, 4), (5, -11), (-5, 4), (-5, -11), (5, 14), (5, -21), (-5, 14), (-5, -21)):
+        side = "left" if dx > 0 else "right"
+        text = ax.annotate(name, xy, xytext=(dx, dy), textcoords="offset points", fontsize=8, ha=side)
+        box = text.get_window_extent().get_points()
+        overlap = sum(np.prod(np.clip(np.minimum(box[1], b[1]) - np.maximum(box[0], b[0]), 0, None)) for b in taken)
+        options.append((overlap, len(options), text, box))
+    _, best, _, box = min(options, key=lambda option: option[:2])
+    for _, number, text, _ in options:
+        if number != best:
+            text.remove()
+    taken.append(box)
+
+
 def results(found: Mapping) -> Figure:
     """The test accuracies of ``results.json``: a row a network, a dot a seed, a bar at the mean."""
     colors = {"teacher": TEACHER, "student": ALONE, "distilled": DISTILLED}
@@ -305,4 +391,26 @@ def results(found: Mapping) -> Figure:
     )
     ax.set(xlabel="test accuracy, %", ylim=(len(runs) - 0.5, -0.5))
     ax.grid(axis="y", visible=False)
+    return figure
+
+
+def dots(
+    groups: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str, *, colors: Sequence[str] = PALETTE,
+    size: tuple[float, float] | None = None,
+) -> Figure:  # fmt: skip
+    """Named measurements: a row a name, a dot a seed, a bar at the mean, a colour a group; the first name on top."""
+    rows = [(number, name, values) for number, group in enumerate(groups.values()) for name, values in group.items()]
+    figure, axes = _figure(size=size or (7, 0.9 + 0.28 * len(rows)))
+    ax, named = axes[0, 0], set()
+    for place, (number, _, values) in enumerate(rows):
+        values, group = np.asarray(values, float), list(groups)[number]
+        ax.scatter(values, np.full(len(values), place), color=colors[number], alpha=0.5, linewidth=0, s=22)
+        label = None if group in named else group
+        ax.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color=colors[number], linewidth=2.5, label=label)
+        named.add(group)
+    ax.set_yticks(range(len(rows)), [name for _, name, _ in rows])
+    ax.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
+    ax.grid(axis="y", visible=False)
+    if len(groups) > 1:
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

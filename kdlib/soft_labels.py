@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kdlib import artefacts
-from kdlib.data import ImageSet
+from kdlib.data import Data, ImageSet
 from kdlib.models import mixed_precision, pick_device, predict_logits
+from kdlib.profiles import Profile
 from kdlib.train import Trained
 
 
@@ -153,6 +154,52 @@ def load_soft_labels(path: Path, data: ImageSet) -> SoftLabels:
     logits = torch.from_numpy(artefacts.load_array(path))
     check_array(logits, data, str(path))
     return SoftLabels(logits, artefacts.record(path).get("fingerprint", {}))
+
+
+def load_published(profile: Profile, data: Data) -> tuple[SoftLabels, dict[str, Tensor]]:
+    """The published answers of a profile's teacher, for who starts without it: see :func:`kdlib.artefacts.published`.
+
+    Returns:
+        The soft labels, in as many views as were published; and the logits (N, C) float32 of every split's clean
+        images, by ``train``, ``validation``, ``test``. They were rounded to half precision.
+
+    Raises:
+        FileNotFoundError: nothing is published at this profile, or it cannot be fetched.
+        ValueError: a damaged file, or answers to other images than those of `data`.
+    """
+    names = ("soft_labels.npy", "teacher_logits.npy")
+    paths = [artefacts.published(profile.name, name, profile.folder) for name in names]
+    views, clean = (artefacts.record(path)["fingerprint"] for path in paths)
+    answered = {"train": views["data"], "validation": clean["validation"], "test": clean["test"]}
+    for images, made_for in zip(data, answered.values(), strict=True):
+        if made_for != f"{images.name} {images.fingerprint}":
+            reason = f"limit is {profile.limit}; leave it out" if profile.limit else "the data set is another one"
+            raise ValueError(
+                f"the published answers are to {made_for}, the images here are {images.name} {images.fingerprint}, "
+                f"expected the same: {reason}, or run the earlier chapters instead (start_from=scratch)"
+            )
+    soft_labels = load_soft_labels(paths[0], data.train)
+    logits = torch.from_numpy(artefacts.load_array(paths[1])).float()
+    sizes = [len(data.validation), len(data.test)]
+    if logits.shape != (sum(sizes), data.train.classes) or views["teacher"] != clean["teacher"]:
+        raise ValueError(
+            f"{paths[1].name} {tuple(logits.shape)} does not belong to {paths[0].name}: expected the same teacher's "
+            f"answers {(sum(sizes), data.train.classes)}; publish both anew (`make publish PROFILE={profile.name}`)"
+        )
+    validation, test = logits.split(sizes)
+    return soft_labels, {"train": soft_labels.logits[0].float(), "validation": validation, "test": test}
+
+
+def published_note(profile: Profile, soft_labels: SoftLabels) -> str:
+    """In words, for the page: whose answers a run without a teacher starts from."""
+    path = artefacts.published(profile.name, "soft_labels.npy", profile.folder)
+    made = artefacts.record(path)["provenance"]
+    return (
+        "**Started from what is published.** The teacher's answers on this page are the recorded ones of profile "
+        f"{profile.name}: {soft_labels.views} view{'s' if soft_labels.views > 1 else ''} of each training image, and "
+        f"the clean validation and test images, made on {made['device']}, {made['date']}. Their SHA-256 is that of the "
+        "record, and the images are those that they were made for."
+    )
 
 
 def check_array(logits: Tensor, data: ImageSet, source: str = "the soft labels") -> None:

@@ -1,10 +1,15 @@
 """Saving: whole or not at all, beside its fingerprint; loading: only what fits, and nothing that would be executed."""
 
 import datetime
+import email.message
+import hashlib
+import importlib.metadata
 import json
 import pickle
 import platform
 import re
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -20,7 +25,9 @@ from kdlib.artefacts import (
     load_array,
     load_weights,
     provenance,
+    published,
     record,
+    repository_address,
     save_array,
     save_json,
     save_weights,
@@ -383,3 +390,141 @@ def test_a_file_that_cannot_be_set_aside_is_named_and_kept(tmp_path, monkeypatch
     ):
         find(tmp_path, "a.npy", WANTED)
     assert contents(tmp_path) == before
+
+
+# --- what is published -----------------------------------------------------------------------------------------------
+
+ADDRESS = "https://example.org/book"
+CONTENT = b"the teacher's answers"
+
+
+def remote(content: bytes = CONTENT, of: bytes = CONTENT) -> dict[str, bytes]:
+    """What the repository's address serves: a file, and the record of the file `of`."""
+    place = f"{ADDRESS}/raw/HEAD/book/published/quick/answers.npy"
+    return {place: content, f"{place}.json": json.dumps({"sha256": hashlib.sha256(of).hexdigest()}).encode()}
+
+
+class Response:
+    """What urllib gives for an address."""
+
+    def __init__(self, url: str, content: bytes):
+        self.url, self.content = url, content
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def read(self) -> bytes:
+        return self.content
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """kdlib as installed without a clone; a function that sets what its repository serves, and tells what was asked."""
+    monkeypatch.setattr(artefacts, "__file__", str(tmp_path / "site-packages" / "kdlib" / "artefacts.py"))
+    monkeypatch.setattr(artefacts, "repository_address", lambda: ADDRESS)
+
+    def serve(files: dict[str, bytes], sent_on: str | None = None) -> list[str]:
+        asked = []
+
+        def urlopen(url: str, timeout: float) -> Response:
+            assert 0 < timeout <= 60
+            asked.append(url)
+            if url not in files:
+                raise urllib.error.HTTPError(url, 404, "Not Found", {}, None)
+            return Response(sent_on or url, files[url])
+
+        monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+        return asked
+
+    return serve
+
+
+def test_a_published_file_of_the_clone_is_checked_and_used_where_it_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(artefacts, "__file__", str(tmp_path / "kdlib" / "artefacts.py"))
+    place = tmp_path / "book" / "published" / "quick"
+    place.mkdir(parents=True)
+    (tmp_path / "book" / "intro.md").write_text("# The book")
+    with pytest.raises(FileNotFoundError, match=r"answers\.npy is not there: profile quick .*start_from=scratch"):
+        published("quick", "answers.npy", tmp_path / "quick")
+    for url, content in remote().items():
+        (place / url.rpartition("/")[2]).write_bytes(content)
+    assert published("quick", "answers.npy", tmp_path / "quick") == place / "answers.npy"
+    assert not (tmp_path / "quick").exists()
+
+    (place / "answers.npy").write_bytes(CONTENT + b"!")
+    expected, found = (hashlib.sha256(content).hexdigest() for content in (CONTENT, CONTENT + b"!"))
+    message = (
+        rf"answers\.npy is not what was published: its SHA-256 is {found}, expected {expected}; .*git checkout -- "
+    )
+    with pytest.raises(ValueError, match=message):
+        published("quick", "answers.npy", tmp_path / "quick")
+    (place / "answers.npy.json").unlink()
+    with pytest.raises(ValueError, match="expected one in its record, which has none"):
+        published("quick", "answers.npy", tmp_path / "quick")
+
+
+def test_without_a_clone_it_is_fetched_once_its_record_first(installed, tmp_path, contents):
+    asked = installed(remote())
+    path = published("quick", "answers.npy", tmp_path / "quick-1a2b")
+    assert path == tmp_path / "quick-1a2b" / "published" / "answers.npy"
+    assert path.read_bytes() == CONTENT
+    assert asked == list(remote())[::-1]
+    assert contents(path.parent).keys() == {"answers.npy", "answers.npy.json"}
+    assert published("quick", "answers.npy", tmp_path / "quick-1a2b") == path
+    assert len(asked) == 2
+
+
+def test_a_fetched_file_that_differs_is_refused_with_what_to_do(installed, tmp_path):
+    installed(remote(content=b"something else"))
+    for _ in range(2):  # also where it is there already
+        with pytest.raises(ValueError, match=r"SHA-256 is \w+, expected \w+; delete .*published, .*start_from=scratch"):
+            published("quick", "answers.npy", tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_what_cannot_be_fetched_names_its_address_and_leaves_no_part_of_a_file(installed, tmp_path, kept):
+    missing = list(remote())[::-1][kept]
+    installed({url: content for url, content in remote().items() if url != missing})
+    with pytest.raises(
+        FileNotFoundError, match=re.escape(missing) + r" cannot be fetched \(HTTP Error 404: Not Found\): cl"
+    ):
+        published("quick", "answers.npy", tmp_path)
+    assert not (tmp_path / "published" / "answers.npy").exists()
+
+
+@pytest.mark.parametrize("address", ["http://example.org/book", "file:///book"])
+def test_nothing_is_fetched_but_by_https(installed, tmp_path, monkeypatch, address):
+    asked = installed({})
+    monkeypatch.setattr(artefacts, "repository_address", lambda: address)
+    with pytest.raises(FileNotFoundError, match=r"expected an address that begins with https://"):
+        published("quick", "answers.npy", tmp_path)
+    assert asked == []
+    monkeypatch.setattr(artefacts, "repository_address", lambda: ADDRESS)
+    installed(remote(), sent_on="http://example.org/elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"it leads to http://example\.org/elsewhere, expected one"):
+        published("quick", "answers.npy", tmp_path)
+    assert not (tmp_path / "published").exists()
+
+
+def test_the_repositorys_address_is_that_of_the_installed_package(monkeypatch):
+    def metadata(*urls):
+        message = email.message.Message()
+        for url in urls:
+            message["Project-URL"] = url
+        monkeypatch.setattr(importlib.metadata, "metadata", lambda name: message)
+
+    metadata("homepage, https://example.org", f"repository, {ADDRESS}/")
+    assert repository_address() == ADDRESS
+    metadata()
+    with pytest.raises(FileNotFoundError, match="names no repository to fetch from: clone the repository"):
+        repository_address()
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "metadata", missing)
+    with pytest.raises(FileNotFoundError, match="names no repository"):
+        repository_address()

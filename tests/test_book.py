@@ -4,6 +4,8 @@ Everything that runs or writes does so in a copy of the book, with folders of it
 """
 
 import base64
+import copy
+import hashlib
 import importlib.util
 import json
 import os
@@ -19,11 +21,12 @@ from urllib.parse import unquote, urldefrag
 import nbformat
 import papermill
 import pytest
+import torch
 import yaml
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from kdlib import artefacts, evaluate, load_data, models
+from kdlib import artefacts, evaluate, experiments, load_data, models, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
@@ -353,15 +356,15 @@ def test_part_one_as_a_chain_with_parameters(clone):
     artefacts.save_json(folder / "results.json", results)
     refused = book(clone, "verify", "--profile", "quick", *arguments[4:])
     assert refused.returncode == 1
-    assert "student_tiny_cnn_seed1.pth: accuracy is" in refused.stderr
-    weights = folder / "student_tiny_cnn_seed1.pth"
+    assert "student_perceptron_seed1.pth: accuracy is" in refused.stderr
+    weights = folder / "student_perceptron_seed1.pth"
     weights.write_bytes(weights.read_bytes()[:100])
     damaged = book(clone, "verify", "--profile", "quick", *arguments[4:])
     assert damaged.returncode == 1
     assert "is not a weights file" in damaged.stderr
     assert "Traceback" not in damaged.stderr
 
-    assert re.search(r"distilled student +tiny_cnn +[\d.]+ ± [\d.]+ %", done.stdout)
+    assert re.search(r"distilled student +perceptron +[\d.]+ ± [\d.]+ %", done.stdout)
     address = re.search(r"The book: file://(\S+)", done.stdout)[1]
     pages = Path(unquote(address)).parent / "book"
     assert f"file://{clone}/runs/{folder.name}/" in done.stdout
@@ -370,6 +373,47 @@ def test_part_one_as_a_chain_with_parameters(clone):
     (injected,) = tagged(executed, "injected-parameters")
     assert "temperature" not in injected.source  # the chapter has none
     assert "epochs = 2" in injected.source
+
+
+def test_without_a_teacher_from_the_published_answers(tmp_path):
+    tree = copy_tree(tmp_path)
+    shutil.copytree(ROOT / "book", tree / "book", ignore=shutil.ignore_patterns(".*", "outputs"))
+    arguments = ["--profile", "quick", "--chapters", "03 05", "--params", "start_from=published n_seeds=2 epochs=2"]
+    done = book(tree, "run", *arguments)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tree / "outputs").iterdir()
+    names = {path.name for path in folder.iterdir()}
+    assert "student_perceptron_seed1.pth" in names
+    assert not any(name.startswith(("teacher", "soft_labels")) for name in names)
+    made = artefacts.record(tree / "book" / "published" / "quick" / "soft_labels.npy")["provenance"]
+    for path in (tree / "runs" / folder.name).glob("0*.ipynb"):
+        outputs = [o for cell in code_cells(nbformat.read(path, 4)) for o in cell.outputs]
+        text = "".join(o.get("data", {}).get("text/markdown", "") + o.get("text", "") for o in outputs)
+        assert f"made on {made['device']}, {made['date']}" in text
+        assert text.count("needs the teacher itself") == (3 if path.name.startswith("03") else 0)
+
+    # where fewer views are published than there are, the student draws from those
+    path = tree / "book" / "published" / "quick" / "soft_labels.npy"
+    known = artefacts.record(path)
+    workshop(tree).keep(
+        path,
+        workshop(tree).array_bytes(artefacts.load_array(path)[:3]),
+        known["fingerprint"] | {"views": 3},
+        known["provenance"],
+    )
+    fewer = ["--profile", "quick", "--chapters", "05", "--params", "start_from=published n_seeds=1 epochs=1 run=fewer"]
+    done = book(tree, "run", *fewer)
+    assert done.returncode == 0, done.stderr
+    student = artefacts.record(tree / "outputs" / "quick-fewer" / "student_perceptron_alone.pth")["fingerprint"]
+    assert student["recipe"]["views"] == 3
+
+    broken = bytearray(path.read_bytes())
+    broken[-1] ^= 1
+    path.write_bytes(broken)
+    done = book(tree, "run", *arguments)
+    assert done.returncode == 1
+    assert "chapter 03 failed" in done.stderr
+    assert re.search(r"soft_labels\.npy is not what was published: its SHA-256 is \w+, expected \w+", done.stderr)
 
 
 def test_papermill_from_any_folder(clone, tmp_path):
@@ -393,7 +437,7 @@ def test_papermill_from_any_folder(clone, tmp_path):
         for (name, _, _), done in zip(places, pool.map(lambda place: papermill_in(*place), places), strict=True):
             assert done.returncode == 0, done.stderr[-3000:]
             (folder,) = (tmp_path / f"outputs-{name}").iterdir()
-            recorded = artefacts.record(folder / "student_tiny_cnn.pth")["fingerprint"]
+            recorded = artefacts.record(folder / "student_perceptron.pth")["fingerprint"]
             assert recorded["objective"]["temperature"] == 8
             assert recorded["objective"]["alpha"] == 0.2
             assert recorded["recipe"]["epochs"] == 1
@@ -570,6 +614,101 @@ def test_results_of_profile_quick_do_not_hide_those_of_profile_full(tiny):
     assert (tiny / "book" / "published" / "quick" / "results.json").exists()
 
 
+PUBLISHED = sorted(path for path in (ROOT / "book" / "published").iterdir() if path.is_dir())
+every_published_profile = pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+
+
+@every_published_profile
+def test_what_is_published_is_small_and_fits_its_records(folder):
+    names = {path.name for path in folder.iterdir()}
+    measured = {name for name in names if name == "results.json" or re.fullmatch(r"\d\d_\w+\.json", name)}
+    recorded = {name.removesuffix(".json") for name in names if re.search(r"\.(npy|pth|json)\.json$", name)}
+    assert names == measured | recorded | {f"{name}.json" for name in recorded}
+    profile = resolve(folder.name)
+    distilled = {profile.file("distilled", network, seed) for network in profile.students for seed in profile.seeds}
+    assert recorded == {"soft_labels.npy", "teacher_logits.npy", "histories.json", *distilled}
+    for name in recorded:
+        known = artefacts.record(folder / name)
+        assert set(known) >= {"fingerprint", "sha256", "provenance"}
+        assert known["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    soft_labels = artefacts.load_array(folder / "soft_labels.npy")
+    assert soft_labels.dtype == artefacts.load_array(folder / "teacher_logits.npy").dtype == "float16"
+    assert soft_labels.nbytes <= 8e6 or len(soft_labels) == 1
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
+    for name in distilled:
+        weights = torch.load(folder / name, weights_only=True)
+        assert {w.dtype for w in weights.values() if w.is_floating_point()} == {torch.float16}
+    histories = json.loads((folder / "histories.json").read_text(encoding="utf-8"))
+    assert len(histories) == 1 + 2 * len(distilled)
+    assert all(len(history["loss"]) == len(history["accuracy"]) > 0 for history in histories.values())
+
+
+def test_published_accuracies_come_out_of_the_published_weights(tmp_path):
+    tree = copy_tree(tmp_path)
+    (tree / "book").mkdir()
+    shutil.copy(ROOT / "book" / "intro.md", tree / "book")
+    missing = book(tree, "verify", "--profile", "quick", "--published")
+    assert missing.returncode == 1
+    assert "profile quick is not published" in missing.stderr
+    shutil.copytree(ROOT / "book" / "published", tree / "book" / "published")
+    verified = book(tree, "verify", "--profile", "quick", "--published")
+    assert verified.returncode == 0, verified.stderr
+    assert "come out again" in verified.stdout
+    assert not (tree / "outputs").exists()
+
+    path = tree / "book" / "published" / "quick" / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    for run in results["runs"]:
+        run["accuracy"][-1] += 0.002
+    artefacts.save_json(path, results)
+    refused = book(tree, "verify", "--profile", "quick", "--published")
+    assert refused.returncode == 1
+    for name in ("teacher_logits.npy", "student_perceptron_seed4.pth"):
+        assert f"{name}: accuracy is" in refused.stderr
+    assert "alone" not in refused.stderr  # those are not published
+    assert book(tree, "verify", "--profile", "quick", "--published", "--params", "seed=1").returncode == 2
+
+
+def test_only_the_views_that_fit_are_published_and_what_is_outdated_goes(tmp_path):
+    tool = workshop(ROOT)
+    profile = resolve("quick")
+    outputs, kept = tmp_path / "outputs" / "quick", tmp_path / "book" / "published" / "quick"
+    published = ROOT / "book" / "published" / "quick"
+    kept.mkdir(parents=True)
+    data = load_data("digits")
+    teacher = models.build(profile.teacher, 10, 1)
+    history = {"loss": [1.0], "accuracy": [0.5], "seconds": [1.0]}
+    known = {"history": history, "provenance": artefacts.provenance("cpu", 1)}
+    artefacts.save_weights(outputs / profile.file("teacher"), teacher, fingerprint={"network": "t"}, **known)
+    for role in ("student", "distilled"):
+        for seed in profile.seeds:
+            student = models.build("perceptron", 10, 1, seed=seed)
+            path = outputs / profile.file(role, "perceptron", seed)
+            artefacts.save_weights(path, student, fingerprint={"seed": seed}, **known)
+    array = artefacts.load_array(published / "soft_labels.npy")
+    made_from = artefacts.record(published / "soft_labels.npy")["fingerprint"]
+    artefacts.save_array(outputs / "soft_labels.npy", array, fingerprint=made_from, provenance=known["provenance"])
+    for name in ("student_old.pth", "student_old.pth.json", "07_measured.json"):
+        (kept / name).write_text("{}")
+
+    environment = {"KDLIB_OUTPUTS": str(outputs.parent)}
+    places = {"ROOT": tmp_path, "BOOK": tmp_path / "book", "PUBLISHED_VIEWS": 3 * array[0].nbytes + 1}
+    for _ in range(2):  # a second time replaces
+        with mock.patch.dict(os.environ, environment), mock.patch.multiple(tool, **places):
+            tool.publish_artefacts(profile)
+        names = {path.name for path in kept.iterdir()}
+        assert "07_measured.json" in names
+        assert "student_old.pth" not in names
+        assert len(names) == 1 + 2 * (3 + len(profile.seeds))
+    found = artefacts.load_array(kept / "soft_labels.npy")
+    assert (found == array[:3]).all()
+    assert artefacts.record(kept / "soft_labels.npy")["fingerprint"] == {**made_from, "views": 3}
+    logits = artefacts.load_array(kept / "teacher_logits.npy")
+    assert logits.shape == (len(data.validation) + len(data.test), 10)
+    wanted = models.predict_logits(teacher, data.test).numpy()
+    assert abs(logits[len(data.validation) :] - wanted).max() < 0.01
+
+
 @pytest.mark.parametrize("page", ["README.md", "book/intro.md"])
 def test_the_tables_of_results_are_those_of_the_published_files(page):
     published = ROOT / "book" / "published"
@@ -586,3 +725,79 @@ def test_every_paper_that_a_page_links_to_is_in_the_references():
     known = papers(ROOT / "book" / "references.bib")
     for page in (*CHAPTERS, ROOT / "book" / "intro.md"):
         assert papers(page) <= known, f"{page.name} links to {papers(page) - known}"
+
+
+# --- the page of verdicts ------------------------------------------------------------------------------------------
+
+MEASURED = sorted((ROOT / "book" / "published").glob("*/[0-9][0-9]_*.json"))
+every_experiment = pytest.mark.parametrize("path", MEASURED, ids=lambda path: f"{path.parent.name}-{path.name[:2]}")
+
+
+def test_the_page_of_verdicts_is_that_of_the_published_measurements():
+    shown = workshop(ROOT).shown_findings()
+    page = (ROOT / "book" / "what_we_found.md").read_text(encoding="utf-8")
+    assert f"<!-- findings: begin -->\n{shown}<!-- findings: end -->" in page
+
+
+@every_experiment
+def test_measurements_are_rows_of_at_least_three_seeds(path):
+    found = experiments.load(path)
+    assert found["experiment"] == path.stem
+    assert found["profile"] == path.parent.name
+    assert len(found["claims"]) >= 3
+    for claim in found["claims"]:
+        assert re.search(r"\]\(https?://", claim["source"]), f"{claim['text']}: no link to its source"
+        for compared in claim["comparisons"]:
+            for case in (compared["case"], compared["than"]):
+                if isinstance(case, str):
+                    assert len(experiments.values(found, case, compared["measure"])) >= 3, case
+
+
+@every_experiment
+def test_other_measurements_would_give_other_verdicts(path):
+    found = experiments.load(path)
+    for claim in found["claims"]:
+        verdicts = {experiments.judge(claim, found).verdict}
+        for compared in claim["comparisons"]:  # one at a time is made clearly true, and clearly false
+            beyond = compared["sign"] * (compared["margin"] + 1)
+            for apart in (beyond, -beyond) if beyond else (0, compared["margin"] + 1):
+                changed = copy.deepcopy(found)
+                other = compared["than"]
+                if isinstance(other, str):
+                    other = experiments.values(found, other, compared["measure"])
+                for row in changed["rows"]:
+                    if row["case"] == compared["case"]:
+                        than = other.get(row["seed"], 0) if isinstance(other, dict) else other
+                        row[compared["measure"]] = than + apart
+                verdicts.add(experiments.judge(claim, changed).verdict)
+        assert len(verdicts) > 1, claim["text"]
+
+
+def test_publishing_measurements_writes_the_page_of_verdicts(tiny):
+    (tiny / "book" / "what_we_found.md").write_text("a\n<!-- findings: begin -->\n<!-- findings: end -->\nb\n")
+    compared = {"measure": "accuracy", "case": "soft", "than": "hard", "margin": 0, "sign": 1, "unit": "points"}
+    claim = {"text": "soft labels help", "source": "[somebody](https://example.org)", "comparisons": [compared]}
+    about = {"experiment": "01_tiny", "dataset": "any", "date": "2026-01-31", "claims": [claim]}
+    for profile, soft, verdict in (("full", 0.9, "**holds**"), ("quick", 0.1, "**holds**")):  # quick does not hide full
+        rows = [
+            {
+                "case": case,
+                "seed": seed,
+                "made_from": "0",
+                "seconds": 50,
+                "device": "CPU",
+                "accuracy": value + seed / 100,
+            }
+            for case, value in {"hard": 0.5, "soft": soft}.items()
+            for seed in range(3)
+        ]
+        workshop(tiny).fill_findings({**about, "profile": profile, "rows": rows})
+        text = (tiny / "book" / "what_we_found.md").read_text(encoding="utf-8")
+        assert text.startswith("a\n<!-- findings: begin -->\n\nOf 1 claims: **1** holds,")
+        assert text.endswith("<!-- findings: end -->\nb\n")
+        assert (
+            f"| soft labels help | [somebody](https://example.org) | +40.00 ± 0.00 points (n = 3) | {verdict} |" in text
+        )
+        assert "## [01 Chapter 01](01_tiny.ipynb)" in text
+        assert "Profile full (any) on CPU, 2026-01-31: 6 measurements, 5 min in all." in text
+    assert (tiny / "book" / "published" / "quick" / "01_tiny.json").exists()

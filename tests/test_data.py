@@ -126,7 +126,7 @@ def test_2500_images_of_a_large_training_set_are_held_out(tmp_path):
 
 def test_the_splits_of_the_digits_are_disjoint_stratified_and_complete():
     train, validation, test = load_data("digits")
-    assert (len(train), len(validation), len(test)) == (200, 1097, 500)
+    assert (len(train), len(validation), len(test)) == (150, 1147, 500)
     assert test.labels.bincount().tolist() == [50] * 10
     counts = validation.labels.bincount()
     assert counts.max() - counts.min() <= 1

@@ -59,6 +59,17 @@ FIGURES = {
             ]
         }
     ),
+    "named points": lambda: plots.scatter(
+        {"alone": {"a": (10, [0.9, 0.8]), "b": (100, 0.95)}, "distilled": {"a": (10, [0.95, 0.9])}},
+        "parameters",
+        "accuracy",
+        log_x=True,
+        joined=True,
+        front=[(10, 0.92), (100, 0.95)],
+        levels={"teacher": 0.99},
+    ),
+    "named points with two spreads": lambda: plots.scatter({"": {"a": ([0.9, 0.8], [0.7, 0.8])}}, "x", "y"),
+    "rows of dots": lambda: plots.dots({"labels": {"hard": [0.95]}, "teacher": {"soft": [0.97, 0.98]}}, "accuracy"),
     "pairs of two networks": lambda: plots.paired(
         ("alone", "distilled"), {"a": ([0.96], [0.98]), "b": ([0.9, 0.8], [0.95, 0.9])}, "accuracy"
     ),
@@ -78,7 +89,7 @@ def test_a_figure_renders_to_a_small_png_without_a_warning(name):
 
 def test_every_public_drawing_function_is_drawn_above():
     drawing = {n for n, f in vars(plots).items() if callable(f) and getattr(f, "__module__", "") == plots.__name__}
-    drawing = {n for n in drawing if not n.startswith("_")} - {"table"}
+    drawing = {n for n in drawing if not n.startswith("_")} - {"table", "text_table"}
     drawn = {used for draw in FIGURES.values() for used in draw.__code__.co_names}
     assert drawing <= drawn
 
@@ -168,3 +179,34 @@ def test_a_table_is_markdown_with_its_first_column_on_the_left():
         "| student | 7 |",
     ]
     assert all(re.fullmatch(r"\|.*\|.*\|", line) for line in found.data.split("\n"))
+
+
+def test_a_named_point_stands_at_its_means_and_is_named_once():
+    groups = {"alone": {"a": (10, [0.9, 0.8]), "b": (100, 0.5)}, "distilled": {"a": (10, [0.95, 0.85])}}
+    ax = plots.scatter(groups, "parameters", "accuracy", joined=True, front=[(10, 0.9), (100, 0.95)]).axes[0]
+    dots = [line.get_xydata() for line in ax.lines if line.get_marker() in ("o", "s")]
+    np.testing.assert_allclose(np.concatenate(dots), [[10, 0.85], [100, 0.5], [10, 0.9]])
+    joins = [line.get_xydata() for line in ax.lines if line.get_color() == "#BBBBBB"]
+    np.testing.assert_allclose(joins, [[[10, 0.85], [10, 0.9]]])
+    assert [text.get_text() for text in ax.texts] == ["b", "a"]
+    np.testing.assert_allclose([text.xy for text in ax.texts], [(100, 0.5), (10, 0.9)])
+    (stairs,) = (line for line in ax.lines if line.get_label() == "front")
+    np.testing.assert_allclose(stairs.get_xydata(), [[10, 0.9], [100, 0.95]])
+    assert ax.get_legend_handles_labels()[1].count("alone") == 1
+
+
+def test_rows_of_dots_stand_under_their_names_with_a_bar_at_the_mean():
+    groups = {"labels": {"hard": [0.95]}, "teacher": {"soft": [0.96, 0.98], "softer": [1.0]}}
+    ax = plots.dots(groups, "accuracy").axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["hard", "soft", "softer"]
+    placed = [row.get_offsets().tolist() for row in ax.collections]
+    assert placed == [[[0.95, 0]], [[0.96, 1], [0.98, 1]], [[1.0, 2]]]
+    np.testing.assert_allclose([bar.get_xdata()[0] for bar in ax.lines], [0.95, 0.97, 1.0])
+    assert ax.get_legend_handles_labels()[1] == ["labels", "teacher"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first name on top
+
+
+def test_text_table_stands_in_columns():
+    assert plots.text_table(["", "network", "ms"], [["teacher", "cnn", "10.25"], ["x", "resnet18", "3"]]) == (
+        "         network      ms\n-----------------------\nteacher  cnn       10.25\nx        resnet18      3"
+    ).replace("-" * 23, "-" * 24)

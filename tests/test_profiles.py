@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdlib import build, count_parameters, profiles, resolve
+from kdlib import artefacts, build, count_parameters, resolve
 from kdlib.data import DATA_SETS
 from kdlib.models import NETWORKS
 from kdlib.profiles import PARAMETERS, PROFILES, outputs_folder
@@ -21,8 +21,9 @@ def test_a_profile_names_what_there_is_and_its_student_is_the_smaller(name):
     assert "-" not in name  # what follows a hyphen in a folder's name tells a run with overrides
     assert profile.dataset in DATA_SETS
     assert {profile.teacher, *profile.students} <= NETWORKS.keys()
+    channels = 1 if profile.dataset == "digits" else 3
     for student in profile.students:
-        assert count_parameters(build(student, 10)) < count_parameters(build(profile.teacher, 10))
+        assert count_parameters(build(student, 10, channels)) < count_parameters(build(profile.teacher, 10, channels))
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -76,7 +77,7 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name():
     message = r"parameter 'temprature' is unknown: expected one of limit, epochs, .*; did you mean 'temperature'\?"
     with pytest.raises(TypeError, match=message):
         resolve("quick", temprature=8)
-    with pytest.raises(TypeError, match=r"parameter 'xyz' is unknown: expected one of limit, epochs, .*, seed$"):
+    with pytest.raises(TypeError, match=r"parameter 'xyz' is unknown: expected one of limit, epochs, .*, start_from$"):
         resolve("quick", xyz=1)
     with pytest.raises(TypeError, match="parameter 'xyz' is unknown"):
         resolve("quick", xyz=None)
@@ -95,6 +96,8 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name():
         ({"seed": -1}, "seed is -1: expected a whole number of at least 0"),
         ({"epochs": 0}, "epochs is 0: expected a whole number of at least 1"),
         ({"views": 0}, "views is 0: expected a whole number of at least 1, or None"),
+        ({"start_from": "publised"}, "start_from is 'publised': expected one of scratch, .*; did you mean 'published'"),
+        ({"start_from": 3}, "start_from is 3: expected one of scratch, published$"),
         ({"student": "tiny_cn"}, r"network 'tiny_cn' is unknown: .* did you mean 'tiny_cnn'\?"),
     ],
 )
@@ -113,12 +116,14 @@ def test_each_parameter_changes_what_it_names_and_nothing_else():
         "student": "cnn",
         "n_seeds": 2,
         "seed": 6,
+        "start_from": "published",
     }
     assert given.keys() == set(PARAMETERS)
     plain, changed = resolve("quick"), resolve("quick", **given)
     assert (changed.limit, changed.temperature, changed.alpha, changed.n_seeds) == (50, 8, 0.5, 2)
     assert changed.students == ("cnn",)
     assert (changed.views, plain.views) == (3, None)
+    assert (changed.start_from, plain.start_from) == ("published", "scratch")
     assert changed.seeds == (6, 7)
     teacher, student = changed.teacher_recipe, changed.student_recipe
     assert (teacher.epochs, teacher.seed, teacher.views) == (2, 6, plain.teacher_recipe.views)
@@ -130,6 +135,19 @@ def test_each_parameter_changes_what_it_names_and_nothing_else():
 
 def test_parameters_that_are_none_leave_the_profile_as_it_is():
     assert resolve("quick", **dict.fromkeys(PARAMETERS)) == resolve("quick")
+
+
+def test_from_scratch_overrides_nothing_and_from_the_published_answers_is_a_run_of_its_own(tmp_path):
+    assert resolve("quick", start_from="scratch") == resolve("quick")
+    assert resolve("quick", start_from="published").folder.name.startswith("quick-")
+
+
+def test_the_number_of_views_is_that_of_the_soft_labels_and_of_the_students():
+    plain = resolve("full")
+    fewer = plain.with_views(8)
+    assert (fewer.views, fewer.student_recipe.views) == (8, 8)
+    assert fewer.teacher_recipe == plain.teacher_recipe
+    assert plain == resolve("full")
 
 
 def test_the_profiles_themselves_are_never_changed():
@@ -184,7 +202,7 @@ def test_artefacts_go_where_the_environment_says_otherwise_to_the_clone_or_the_w
     monkeypatch.delenv("KDLIB_OUTPUTS")
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(profiles, "__file__", str(tmp_path / "clone" / "kdlib" / "profiles.py"))
+    monkeypatch.setattr(artefacts, "__file__", str(tmp_path / "clone" / "kdlib" / "artefacts.py"))
     assert outputs_folder() == tmp_path / "work" / "outputs"
     (tmp_path / "clone" / "book").mkdir(parents=True)
     (tmp_path / "clone" / "book" / "intro.md").write_text("# The book")

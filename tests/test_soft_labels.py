@@ -10,9 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from kdlib import artefacts, predict_logits
+from kdlib import artefacts, load_data, predict_logits, resolve
 from kdlib.losses import Distillation
-from kdlib.soft_labels import LiveTeacher, SoftLabels, check_array, generate, load_or_generate, load_soft_labels
+from kdlib.soft_labels import (
+    LiveTeacher,
+    SoftLabels,
+    check_array,
+    generate,
+    load_or_generate,
+    load_published,
+    load_soft_labels,
+    published_note,
+)
 from kdlib.train import History, Recipe, Trained, train
 
 pytestmark = pytest.mark.usefixtures("isolated")
@@ -339,3 +348,61 @@ def test_a_file_without_its_record_is_set_aside(made, tmp_path, capsys):
     assert "nothing tells what it was made from" in capsys.readouterr().out
     (aside,) = path.parent.glob("soft_labels.*.npy")
     assert aside.read_bytes() == before
+
+
+# --- published -------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_answers_are_to_the_images_of_the_data_set():
+    profile, data = resolve("quick", start_from="published"), load_data("digits")
+    found, clean = load_published(profile, data)
+    found.check(data.train, replace(profile.student_recipe, views=found.views))
+    assert torch.equal(found.logits[0].float(), clean["train"])
+    for images in data:
+        logits = clean[images.name.rpartition("/")[2]]
+        assert logits.shape == (len(images), images.classes)
+        assert logits.dtype == torch.float32
+        right = (logits.argmax(1) == images.labels).double().mean().item()
+        assert right > 0.9, "not the answers to these images"
+        assert (logits.argmax(1).roll(1) == images.labels).double().mean().item() < 0.5
+    note = published_note(profile, found)
+    made = artefacts.record(artefacts.published("quick", "soft_labels.npy", profile.folder))["provenance"]
+    for part in ("profile quick", f"{found.views} views", made["device"], made["date"]):
+        assert part in note
+    assert not profile.folder.exists()
+
+
+def test_published_answers_to_other_images_are_refused_with_the_reason():
+    profile = resolve("quick", start_from="published", limit=50)
+    message = (
+        r"answers are to digits/train \w+, the images here are digits/train \w+, .*: limit is 50; leave it out, or"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_published(profile, load_data("digits", limit=50))
+    data = load_data("digits")
+    changed = replace(data.test, labels=data.test.labels.roll(1))
+    with pytest.raises(
+        ValueError, match=r"are to digits/test \w+, .*: the data set is another one, or run the earlier"
+    ):
+        load_published(resolve("quick"), data._replace(test=changed))
+
+
+@pytest.mark.parametrize("what", ["shape", "teacher"])
+def test_published_files_that_do_not_belong_together_are_refused(monkeypatch, tmp_path, what):
+    profile, data = resolve("quick"), load_data("digits")
+
+    def copied(profile_name, name, folder):  # without looking at the SHA-256
+        return tmp_path / name
+
+    for name in ("soft_labels.npy", "teacher_logits.npy"):
+        path = artefacts.published("quick", name, profile.folder)
+        array, fingerprint = artefacts.load_array(path), artefacts.record(path)["fingerprint"]
+        if name == "teacher_logits.npy":
+            array = array[:-1] if what == "shape" else array
+            fingerprint |= {"teacher": {"seed": 9}} if what == "teacher" else {}
+        artefacts.save_array(tmp_path / name, array, fingerprint=fingerprint)
+    monkeypatch.setattr(artefacts, "published", copied)
+    with pytest.raises(
+        ValueError, match=r"teacher_logits\.npy \(\d+, 10\) does not belong to soft_labels\.npy: expected"
+    ):
+        load_published(profile, data)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import asdict, replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from torch import nn
 from tqdm import tqdm
 
 from kdlib import artefacts, build, predict_logits
-from kdlib.data import batches
+from kdlib.data import Batch, batches
 from kdlib.losses import CrossEntropy, Distillation
+from kdlib.models import compiled
 from kdlib.soft_labels import LiveTeacher, SoftLabels, generate
-from kdlib.train import Recipe, load_or_train, run_fingerprint, train
+from kdlib.train import Recipe, load_or_train, run_fingerprint, train, train_many
 
 training = importlib.import_module("kdlib.train")  # kdlib.train itself is the function
 pytestmark = pytest.mark.usefixtures("isolated")
@@ -566,3 +568,137 @@ def test_the_weights_saved_are_those_that_training_left(image_set, tmp_path):
     found = load_or_train(tmp_path, "student.pth", "tiny_cnn", image_set(), CrossEntropy(), RECIPE, progress=False)
     loaded = artefacts.load_weights(tmp_path / "student.pth", build("tiny_cnn", 4, 1, seed=9))
     assert same(weights(loaded), weights(found.model))
+
+
+def test_side_by_side_is_as_alone(image_set, toy_teacher):
+    data, gentle = image_set(), replace(RECIPE, learning_rate=0.02)  # sums in another order drift apart otherwise
+    soft, again = (Distillation(soft_labels(toy_teacher(data), data, 9), 4.0, 0.1) for _ in range(2))
+    for network in ("tiny_cnn", "digits_cnn"):  # without batch norm and with it
+        loss_fns = [CrossEntropy(), soft, CrossEntropy(0.1), again]
+        recipes = [
+            replace(gentle, seed=5, learning_rate=0.01),
+            replace(gentle, seed=5),
+            replace(gentle, seed=6, weight_decay=0.01),
+            replace(gentle, seed=7),
+        ]
+        together = [build(network, 4, 1, seed=recipe.seed) for recipe in recipes]
+        histories = train_many(together, data, loss_fns, recipes, progress=False)
+        for model, loss_fn, recipe in zip(together, loss_fns, recipes, strict=True):
+            alone = build(network, 4, 1, seed=recipe.seed)
+            quiet_train(alone, data, loss_fn, recipe)
+            for name, tensor in alone.state_dict().items():
+                torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+            assert not model.training
+        assert [len(history.loss) for history in histories] == [RECIPE.epochs] * 4
+        assert histories[1].loss == histories[3].loss  # of equal losses, the mean
+
+
+def test_side_by_side_names_the_network_that_diverged(image_set):
+    models = [build("tiny_cnn", 4, 1, seed=seed) for seed in (0, 1)]
+    recipes = [replace(RECIPE, epochs=1), replace(RECIPE, epochs=1, learning_rate=1e30)]
+    with pytest.raises(FloatingPointError, match=r"networks \[1\] stopped being finite in epoch 1: .*1e\+30"):
+        train_many(models, image_set(), [CrossEntropy()] * 2, recipes, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("models", "recipes", "message"),
+    [
+        (["tiny_cnn"], [RECIPE, RECIPE], "1 models, 2 loss_fns, 2 recipes"),
+        ([], [], "0 models"),
+        (["tiny_cnn", "digits_cnn"], [RECIPE, RECIPE], r"models \[1\] are of another architecture"),
+        (["tiny_cnn"] * 2, [RECIPE, replace(RECIPE, epochs=9)], r"recipes \[1\] differ from the first in more than"),
+        (["tiny_cnn"], [replace(RECIPE, cutout=2)], "cutout is 2"),
+        (["tiny_cnn"], [replace(RECIPE, mixup=1.0)], "mixup is 1.0"),
+        (["tiny_cnn"], [replace(RECIPE, views=400)], "views is 400: expected at most"),
+    ],
+)
+def test_side_by_side_refuses_what_does_not_fit(image_set, models, recipes, message):
+    models = [build(network, 4, 1) for network in models]
+    with pytest.raises(ValueError, match=message):
+        train_many(models, image_set(), [CrossEntropy()] * len(recipes), recipes, progress=False)
+
+
+def test_side_by_side_checks_the_soft_labels_first(image_set, toy_teacher):
+    other = image_set(seed=1)
+    foreign = Distillation(soft_labels(toy_teacher(other), other, 9), 4.0, 0.1)
+    with pytest.raises(ValueError, match="the soft labels are of"):
+        train_many([build("tiny_cnn", 4, 1)], image_set(), [foreign], [RECIPE], progress=False)
+
+
+# --- on a GPU ------------------------------------------------------------------------------------------------------
+
+
+def test_only_large_networks_on_a_gpu_are_compiled():
+    small, large = build("tiny_cnn", 4, 1), build("resnet18", 4, 1)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert compiled(small, images=10**6, device=gpu) is small
+    assert compiled(large, images=10**8, device=cpu) is large
+    assert compiled(large, images=10**3, device=gpu) is large
+    assert compiled(large, images=10**8, device=gpu)._orig_mod is large  # nothing is compiled before it is called
+
+
+class FakeGraph:
+    """What recording needs of CUDA, without a GPU: a graph that, replayed, calls what was recorded."""
+
+    def __init__(self, monkeypatch, fails: bool = False):
+        self.recording, self.replays, self.fails = False, 0, fails
+        stream = mock.MagicMock()
+        for name in ("Stream", "current_stream", "stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda *a, **k: stream)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: self)
+
+    def __enter__(self):
+        self.recording = True
+
+    def __exit__(self, *_):
+        self.recording = False
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def replay(self):
+        self.replays += 1
+        self.on_replay()
+
+
+def test_a_recorded_step_is_replayed_on_every_batch(monkeypatch):
+    graph, seen = FakeGraph(monkeypatch), []
+
+    def step(batch):
+        if graph.recording:
+            loss = torch.zeros(())
+            graph.on_replay = lambda: (seen.append(batch.images.clone()), loss.fill_(float(batch.images.sum())))
+            return loss
+        seen.append(batch.images.clone())
+        return batch.images.sum()
+
+    recorded = training._Recorded(step)
+    wanted = [torch.full((2, 1), float(i)) for i in range(7)]
+    batches_ = [Batch(images, torch.tensor([i, i]), torch.tensor([0, 1]), None) for i, images in enumerate(wanted)]
+    losses = [recorded(batch).item() for batch in batches_]
+    assert losses == [images.sum().item() for images in wanted]
+    assert all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))
+    assert graph.replays == 4  # three ordinary steps come first
+
+
+def test_a_step_that_cannot_be_recorded_goes_on_as_it_is(monkeypatch):
+    FakeGraph(monkeypatch, fails=True)
+    recorded = training._Recorded(lambda batch: batch.images.sum())
+    batch = Batch(torch.ones(2, 1), torch.zeros(2), torch.zeros(2), None)
+    with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph .operation not permitted"):
+        losses = [recorded(batch).item() for _ in range(6)]
+    assert losses == [2.0] * 6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_same_student_comes_out(monkeypatch, image_set, toy_teacher):
+    monkeypatch.undo()  # the fixture that hides the GPU
+    data = image_set()
+    loss_fn = Distillation(soft_labels(toy_teacher(data), data, 9), 4.0, 0.1)
+    recipe = replace(RECIPE, learning_rate=0.02, epochs=6)
+    models = [build("digits_cnn", 4, 1, seed=1) for _ in range(2)]
+    history = quiet_train(models[0], data, loss_fn, recipe, device="cuda")
+    monkeypatch.setattr(training, "_Recorded", lambda step: step)
+    plain = quiet_train(models[1], data, loss_fn, recipe, device="cuda")
+    assert history.loss == pytest.approx(plain.loss, rel=0.05)
+    assert history.loss[-1] < history.loss[0]

@@ -12,6 +12,8 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import io
+import json
 import os
 import re
 import shlex
@@ -26,18 +28,20 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import papermill
+import torch
 import yaml
 from nbformat import NotebookNode
 
 import kdlib
-from kdlib import artefacts, evaluate, plots, profiles
+from kdlib import artefacts, evaluate, experiments, plots, profiles
 from kdlib.models import pick_device
-from kdlib.soft_labels import load_soft_labels
+from kdlib.soft_labels import generate, load_published, load_soft_labels
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
 RUNS = ROOT / "runs"  # executed notebooks and rendered sites; never committed
 STAMP = "kdlib_published"  # the key of the stamp in a notebook's metadata
+PUBLISHED_VIEWS = 8_000_000  # bytes of soft labels to publish: as many views as fit
 STAMPED_FILES = ("losses.py", "models.py", "train.py")  # of kdlib: where they change, published outputs are stale
 
 
@@ -205,9 +209,11 @@ def hashes(chapter: Chapter, profile: str) -> dict[str, str]:
     """What a chapter's outputs depend on, part by part: its code cells, its resolved recipe, and kdlib's own code."""
     # the set-up cell installs kdlib, and its address may change
     cells = [c for c in chapter.read().cells if c.cell_type == "code" and "setup" not in c.metadata.get("tags", [])]
+    recipe = dataclasses.asdict(kdlib.resolve(profile))
+    del recipe["start_from"]  # what is published always starts from scratch
     found = {
         "code cells": artefacts.digest([cell.source for cell in cells]),
-        "recipe": artefacts.digest(dataclasses.asdict(kdlib.resolve(profile))),
+        "recipe": artefacts.digest(recipe),
     }
     for name in STAMPED_FILES:
         found[name] = hashlib.sha256((ROOT / "kdlib" / name).read_bytes()).hexdigest()[:8]
@@ -262,20 +268,16 @@ def book(options: argparse.Namespace) -> None:
 
 def results_table(path: Path) -> str:
     """``results.json`` as text in columns."""
-    header, rows = evaluate.results_rows(evaluate.load_results(path))
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for row in [header, *rows]:
-        cells = [cell.ljust(w) if n < 2 else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    return plots.text_table(*evaluate.results_rows(evaluate.load_results(path)))
 
 
 def verify(options: argparse.Namespace) -> None:
-    """Reload what a run left, and recompute its results: every figure must come out again."""
+    """Reload what a run left, or what is published, and recompute its results: every figure must come out again."""
+    if options.published and options.params:
+        raise Refused(f"--params {options.params!r} with --published: what is published was run without parameters")
     profile = resolved(options, read_parameters(options.params, chapters()))
     try:
-        recompute(profile)
+        (recompute_published if options.published else recompute)(profile)
     except (OSError, ValueError) as error:  # kdlib's word on a file that is missing or damaged
         raise Failed(str(error)) from error
 
@@ -312,6 +314,40 @@ def recompute(profile: profiles.Profile) -> None:
     if wrong:
         raise Failed("what was saved and what was reported differ:\n" + "\n".join(wrong))
     print(f"all figures of {profile.folder / 'results.json'} come out again")
+
+
+def recompute_published(profile: profiles.Profile) -> None:
+    """The published accuracies from the published weights and answers; Failed where one does not come out again.
+
+    The students trained alone are not published, so theirs are left out.
+    """
+    path = BOOK / "published" / profile.name / "results.json"
+    if not path.exists():
+        raise Failed(f"profile {profile.name} is not published (no {path}): `make publish PROFILE={profile.name}`")
+    data = kdlib.load_data(profile.dataset)
+    teacher_logits = load_published(profile, data)[1]["test"]
+    wrong = []
+    for run in evaluate.load_results(path)["runs"]:
+        if run["role"] == "student":
+            continue
+        for seed, told in zip(run["seeds"], run["accuracy"], strict=True):
+            if run["role"] == "teacher":
+                name, found = "teacher_logits.npy", evaluate.scores(teacher_logits, data.test.labels)
+            else:
+                name = profile.file(run["role"], run["network"], seed)
+                weights = artefacts.published(profile.name, name, profile.folder)
+                model = kdlib.build(run["network"], data.test.classes, data.test.channels)
+                found = evaluate.evaluate(artefacts.load_weights(weights, model), data.test)
+            print(f"{name}: accuracy {found.accuracy:.2%}, results.json {told:.2%}", flush=True)
+            if not abs(told - found.accuracy) <= 0.0005:
+                wrong.append(f"{name}: accuracy is {found.accuracy:.4f}, results.json says {told:.4f}")
+    if wrong:
+        raise Failed(
+            f"what is published at profile {profile.name} and what {path} says differ by more than 0.05 point:\n"
+            + "\n".join(wrong)
+            + f"\npublish both anew: `make publish PROFILE={profile.name}` runs chapters that are not current"
+        )
+    print(f"the published accuracies of {path} come out again from the published weights and answers")
 
 
 # --- rendering -----------------------------------------------------------------------------------------------------
@@ -398,6 +434,10 @@ def publish(options: argparse.Namespace) -> None:
         print(f"{say}: {notebook.metadata[STAMP]['seconds']:.0f} s", flush=True)
         if chapter.number == "06":
             fill_results(evaluate.load_results(kdlib.resolve(profile).folder / "results.json"))
+            publish_artefacts(kdlib.resolve(profile))
+        measured = kdlib.resolve(profile).folder / f"{chapter.path.stem}.json"
+        if measured.exists():
+            fill_findings(experiments.load(measured))
 
 
 def fill_results(results: dict) -> None:
@@ -424,6 +464,121 @@ def shown_results(results: dict, picture: str) -> str:
     alt = "The test accuracy of the teacher, the student alone and the distilled student, a dot for each seed"
     made = f"Profile {results['profile']} ({results['dataset']}), {results['date']}; written by `make publish`."
     return f"\n![{alt}]({picture})\n\n{plots.table(*evaluate.results_rows(results)).data}\n\n{made}\n\n"
+
+
+def publish_artefacts(profile: profiles.Profile) -> None:
+    """Keep in book/published what a reader without a GPU can start from: small artefacts of a run that is complete.
+
+    The soft labels in the views that fit, the teacher's logits for the other two splits, the distilled students'
+    weights in half precision, and the histories of all. Each with its record, which holds the file's SHA-256.
+    """
+    folder = BOOK / "published" / profile.name
+    data = kdlib.load_data(profile.dataset)
+    networks = {profile.file("teacher"): profile.teacher} | {
+        profile.file(role, network, seed): network
+        for role in ("student", "distilled")
+        for network in profile.students
+        for seed in profile.seeds
+    }
+    records = {name: artefacts.record(profile.folder / name) for name in networks}
+
+    path = profile.folder / "soft_labels.npy"
+    logits, known = artefacts.load_array(path), artefacts.record(path)
+    logits = logits[: max(1, PUBLISHED_VIEWS // logits[0].nbytes)]
+    keep(folder / path.name, array_bytes(logits), known["fingerprint"] | {"views": len(logits)}, known["provenance"])
+
+    teacher = kdlib.build(profile.teacher, data.test.classes, data.test.channels)
+    artefacts.load_weights(profile.folder / profile.file("teacher"), teacher)
+    start = time.perf_counter()
+    clean = np.concatenate([generate(teacher, split, 1, progress=False)[0] for split in (data.validation, data.test)])
+    made = artefacts.provenance(pick_device(), time.perf_counter() - start)
+    made_from = {
+        "validation": f"{data.validation.name} {data.validation.fingerprint}",
+        "test": f"{data.test.name} {data.test.fingerprint}",
+        "teacher": records[profile.file("teacher")]["fingerprint"],
+    }
+    keep(folder / "teacher_logits.npy", array_bytes(clean), made_from, made)
+
+    distilled = {profile.file("distilled", network, seed) for network in profile.students for seed in profile.seeds}
+    for path in folder.glob("student_*"):  # of another network or seed than there are now
+        if path.name.removesuffix(".json") not in distilled:
+            path.unlink()
+    for name in sorted(distilled):
+        model = kdlib.build(networks[name], data.test.classes, data.test.channels)
+        weights = artefacts.load_weights(profile.folder / name, model).half().state_dict()
+        content = io.BytesIO()  # not a file, whose name torch.save would write into it
+        torch.save(weights, content)
+        known = records[name]
+        keep(folder / name, content.getvalue(), known["fingerprint"], known["provenance"], precision="half")
+
+    histories = json.dumps({name: known["history"] for name, known in records.items()}) + "\n"
+    made_from = {name: known["fingerprint"] for name, known in records.items()}
+    keep(folder / "histories.json", histories.encode(), made_from, records[profile.file("teacher")]["provenance"])
+    print(f"{folder.relative_to(ROOT)}: {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB")
+
+
+def keep(path: Path, content: bytes, fingerprint: dict, provenance: dict, **known: object) -> None:
+    """Write a file to publish and its record, in place of what was published before."""
+    with artefacts.written_whole(path) as partial:
+        partial.write_bytes(content)
+    known = {
+        "fingerprint": fingerprint,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "provenance": provenance,
+        **known,
+    }
+    artefacts.save_json(path.with_name(f"{path.name}.json"), known)
+
+
+def array_bytes(array: np.ndarray) -> bytes:
+    """An array as an ``.npy`` file holds it."""
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    return content.getvalue()
+
+
+def fill_findings(found: dict) -> None:
+    """Keep an experiment's measurements in book/published, and write the page of verdicts anew from all of them."""
+    artefacts.save_json(BOOK / "published" / found["profile"] / f"{found['experiment']}.json", found)
+    page = BOOK / "what_we_found.md"
+    if page.exists():
+        parts = re.split(r"(<!-- findings: (?:begin|end) -->\n?)", page.read_text(encoding="utf-8"))
+        if len(parts) == 5:
+            parts[2] = shown_findings()
+            replace_text(page, "".join(parts))
+
+
+def shown_findings() -> str:
+    """Of each chapter that made measurements its claims and verdicts, in Markdown: at profile full where there are any.
+
+    Everything is computed from the files in book/published.
+    """
+    sections, verdicts = [], []
+    for chapter in chapters():
+        files = (BOOK / "published" / profile / f"{chapter.path.stem}.json" for profile in ("full", "quick"))
+        path = next((path for path in files if path.exists()), None)
+        if path is None:
+            continue
+        found = experiments.load(path)
+        verdicts += [experiments.judge(claim, found).verdict for claim in found["claims"]]
+        devices = ", ".join(dict.fromkeys(row["device"] for row in found["rows"]))
+        sections.append(
+            f"## [{chapter.number} {chapter.title}]({chapter.path.name})\n\n"
+            f"{plots.table(*experiments.verdict_rows(found)).data}\n\n"
+            f"Profile {found['profile']} ({found['dataset']}) on {devices}, {found['date']}: {len(found['rows'])} "
+            f"measurements, {duration(experiments.cost(found))} in all.\n"
+        )
+    counted = ", ".join(
+        f"**{verdicts.count(verdict)}** {verdict}"
+        for verdict in (experiments.HOLDS, experiments.PARTLY, experiments.NOT_SEEN)
+    )
+    total = f"Of {len(verdicts)} claims: {counted}. Written by `make publish` from the files in `book/published/`."
+    return "\n" + "\n".join([total + "\n", *sections]) + "\n"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes where that is easier to read."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def status(options: argparse.Namespace) -> None:
@@ -509,6 +664,10 @@ def main(arguments: list[str] | None = None) -> int:
             command.add_argument("--chapters", default="", help='such as "02 05"; all where not given')
         if action in (run, book, verify):
             command.add_argument("--params", default="", help='such as "temperature=8 seed=1"')
+        if action is verify:
+            command.add_argument(
+                "--published", action="store_true", help="what book/published holds, not a run of yours"
+            )
         if action is publish:
             command.add_argument("--force", action="store_true", help="also the chapters that are current")
         if action is address:
