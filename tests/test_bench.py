@@ -40,8 +40,9 @@ def test_every_case_is_measured(bench):
         assert list(found["seconds_by_images"]) == ["40", "80", "160"]
         assert found["tutorial_workers"] == 0
         assert found["peak_memory_gb"] is None
-        header, lines = bench.rows({"cases": [found]})
-        assert len(header) == len(lines[0])
+        for table in (bench.rows, bench.limit_rows, bench.growth_rows):
+            header, lines = table({"cases": [found]})
+            assert len(header) == len(lines[0])
 
 
 def test_the_arithmetic_is_counted(bench):

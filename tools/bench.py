@@ -258,26 +258,32 @@ def measure(case: str, s: Setting, device: torch.device, peak: float) -> dict:
 
 
 def rows(found: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table."""
-    header = ["case", "network", "images/s", "s an epoch", "first epoch, s", "TFLOP/s", "of a matrix product",
-              "peak memory, GB", "tutorial loop, s", "times as fast"]  # fmt: skip
+    """Header and rows of the table of times."""
+    header = ["case", "network", "images/s", "s an epoch", "tutorial loop, s", "times as fast"]
     lines = []
     for r in found["cases"]:
-        memory = "–" if r["peak_memory_gb"] is None else f"{r['peak_memory_gb']:.1f}"
+        workers = f"{r['tutorial_workers']} worker{'' if r['tutorial_workers'] == 1 else 's'}"
         lines.append(
             [
                 r["case"],
                 r["network"],
                 f"{r['images_a_second']:,.0f}",
                 f"{r['seconds_an_epoch']:.3g}",
-                f"{r['seconds_before']:.3g}",
-                f"{r['tflops']:.3g}",
-                f"{r['share_of_matrix_product']:.0%}",
-                memory,
-                f"{r['tutorial_seconds_an_epoch']:.3g} ({r['tutorial_workers']} workers)",
+                f"{r['tutorial_seconds_an_epoch']:.3g} ({workers})",
                 f"{r['times_as_fast']:.1f}",
             ]
         )
+    return header, lines
+
+
+def limit_rows(found: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of how near the device's limits that is."""
+    header = ["case", "first epoch, s", "TFLOP/s", "of a matrix product", "peak memory, GB"]
+    lines = []
+    for r in found["cases"]:
+        memory = "–" if r["peak_memory_gb"] is None else f"{r['peak_memory_gb']:.1f}"
+        share = f"{r['share_of_matrix_product']:.0%}"
+        lines.append([r["case"], f"{r['seconds_before']:.3g}", f"{r['tflops']:.3g}", share, memory])
     return header, lines
 
 
@@ -288,13 +294,14 @@ def growth_rows(found: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def shown(found: dict) -> str:
-    """Both tables in Markdown, with what they were measured on."""
+    """The tables in Markdown, with what they were measured on."""
     batch = found["cases"][0]["batch_size"]
-    return (
-        f"\n{plots.table(*rows(found)).data}\n\n{found['device']}, torch {found['torch']}, {found['date']}; batches of "
-        f"{batch}; a large matrix product reaches {found['matrix_tflops']:.3g} TFLOP/s there.\n\n"
-        f"{plots.table(*growth_rows(found)).data}\n\n"
+    times, limits, growth = (plots.table(*table(found)).data for table in (rows, limit_rows, growth_rows))
+    where = (
+        f"{found['device']}, torch {found['torch']}, {found['date']}; batches of {batch}; a large matrix product "
+        f"reaches {found['matrix_tflops']:.3g} TFLOP/s there."
     )
+    return f"\n{times}\n\n{limits}\n\n{where}\n\n{growth}\n\n"
 
 
 def publish(found: dict) -> None:
@@ -344,7 +351,8 @@ def main(arguments: list[str] | None = None) -> int:
     artefacts.save_json(path, found)
     if options.publish:
         publish(found)
-    print("\n" + plots.text_table(*rows(found)) + "\n\n" + plots.text_table(*growth_rows(found)))
+    for table in (rows, limit_rows, growth_rows):
+        print("\n" + plots.text_table(*table(found)))
     print(f"\n{found['device']}; a matrix product reaches {peak / 1e12:.3g} TFLOP/s. Kept in {path}")
     return 0
 
