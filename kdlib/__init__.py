@@ -4,7 +4,7 @@ data         data sets, splits and views             soft_labels  the teacher's 
 models       the networks, and running them          evaluate     accuracy, calibration, agreement, latency
 losses       the distillation loss                   plots        every figure and table of the book
 train        one loop for everybody                  profiles     quick and full: data set, networks, recipes
-artefacts    saving, and using again only what fits
+artefacts    saving, and using again only what fits  experiments  measurements that resume, claims that they decide
 """
 
 from kdlib.data import load_data

@@ -84,8 +84,15 @@ class Experiment:
                 that are missing, in their order.
             made_from: all that decides the outcome beside the seed (data, networks, recipes, objective), JSON-able.
                 Rows that were made from something else are measured anew; the old file is kept under another name.
+
+        Returns:
+            A dict a seed, in the order of `seeds`: case, seed, made_from (a digest), device, seconds, and the measures.
+
+        Raises:
+            TypeError: `made_from` is not JSON-able: what stands for an object would change from run to run.
+            ValueError: a measure is not a finite number.
         """
-        key = artefacts.digest(json.loads(json.dumps(made_from, default=repr)))
+        key = artefacts.digest(json.loads(json.dumps(made_from)))
         known = {row["seed"]: row for row in self._stored if row["case"] == case and row["made_from"] == key}
         missing = [seed for seed in seeds if seed not in known]
         for part in [missing] if at_once and missing else [[seed] for seed in missing]:

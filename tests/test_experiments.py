@@ -204,3 +204,8 @@ def test_the_opposite_of_a_claim_is_called_so():
         assert "other way" not in judge(claim(MORE), rows(hard=[0.5] * 3, soft=soft)).figure
     about = Comparison("accuracy", "soft", "hard", margin=0.01, sign=0)
     assert "other way" not in judge(claim(about), rows(hard=[0.5] * 3, soft=[0.40, 0.42, 0.41])).figure
+
+
+def test_what_a_row_is_made_from_must_be_json(tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        Experiment(tmp_path / "x.json").measure("a", (0,), lambda seed: {"accuracy": 0.5}, made_from={"loss": object()})
