@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-
-COMPILE_FROM = 2e13  # parameters times images, such as a ResNet-50 and eighteen epochs of CIFAR-10
 
 
 def resnet50(classes: int, channels: int = 3) -> nn.Module:
@@ -69,19 +68,21 @@ class PlainCNN(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """One hidden layer of 256 ReLU units over 8x8 pixels, to which larger images are averaged down.
+    """One hidden layer of ReLU units over 8x8 pixels, to which larger images are averaged down.
 
     The kind of student that the paper's first experiment has (arXiv 1503.02531, section 3). It is told nothing of what
     an image is: that neighbouring pixels belong together, and that a shifted digit is the same digit, it must learn.
     """
 
-    def __init__(self, classes: int, channels: int = 1):
+    def __init__(self, classes: int, channels: int = 1, hidden: int = 256):
         super().__init__()
-        self.hidden = nn.Linear(64 * channels, 256)
-        self.classifier = nn.Linear(256, classes)
+        self.hidden = nn.Linear(64 * channels, hidden)
+        self.classifier = nn.Linear(hidden, classes)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, classes)
-        return self.classifier(F.relu(self.hidden(F.adaptive_avg_pool2d(images, 8).flatten(1))))
+        if images.shape[2:] != (8, 8):
+            images = F.adaptive_avg_pool2d(images, 8)
+        return self.classifier(F.relu(self.hidden(images.flatten(1))))
 
 
 class TinyCNN(nn.Module):
@@ -145,7 +146,7 @@ NETWORKS = {
     "resnet50": resnet50,  # the teacher of profile full
     "resnet18": resnet18,
     "mobilenet_v2": mobilenet_v2,
-    "cnn": lambda classes, channels=3: PlainCNN((64, 128, 192), classes, channels),  # the student of profile full
+    "cnn": lambda classes, channels=3: PlainCNN((64, 128, 224), classes, channels),  # the student of profile full
     "wide_resnet14": WideResNet14,
     "digits_cnn": lambda classes, channels=1: PlainCNN((16, 48), classes, channels),  # the teacher of profile quick
     "perceptron": Perceptron,  # the student of profile quick
@@ -198,15 +199,29 @@ def mixed_precision(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
-def compiled(model: nn.Module, *, images: int, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """`model`, through ``torch.compile`` where that pays: on a GPU, for a large network and many `images` to come.
+def quicker(model: nn.Module, device: torch.device, *, answers: bool = False) -> nn.Module:
+    """`model` with fewer journeys through memory (see :mod:`kdlib.fused`); off a GPU, or without Triton, as it is.
 
-    Batch norm, ReLU and the shortcuts of a ResNet do little arithmetic and move much memory; compiled, they share their
-    journeys. Compiling takes about a minute, which a small network or a short run never earns back.
+    Args:
+        model: in the memory of `device`.
+        answers: whether only its answers in eval mode are wanted; otherwise what comes back trains `model`'s weights.
     """
-    if device.type != "cuda" or count_parameters(model) * images < COMPILE_FROM:
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return model
-    return torch.compile(model)
+    from kdlib import fused  # here, since it cannot be imported everywhere
+
+    return fused.for_answers(model, half_precision(device)) if answers else fused.for_training(model)
+
+
+@contextlib.contextmanager
+def tuned_convolutions(device: torch.device) -> Iterator[None]:
+    """Let cuDNN try its algorithms on a GPU and keep the quickest for each shape: for many batches of one size."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @torch.no_grad()
@@ -228,11 +243,13 @@ def predict_logits(
     was_training = model.training
     model.to(device, memory_format=torch.channels_last).eval()
     data = data.to(device)
-    answers = []
+    order, answers = torch.arange(len(data), device=device), []
+    if device.type == "cuda" and len(data) > batch_size:
+        order = F.pad(order, (0, -len(data) % batch_size))  # all batches of one size, so that cuDNN tries only once
     try:
-        for indices in torch.arange(len(data), device=device).split(batch_size):
-            with mixed_precision(device):
+        with tuned_convolutions(device), mixed_precision(device):
+            for indices in order.split(batch_size):
                 answers.append(model(data.batch(indices, torch.full_like(indices, view))).float())
     finally:
         model.train(was_training)
-    return torch.cat(answers).cpu()
+    return torch.cat(answers)[: len(data)].cpu()

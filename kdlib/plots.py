@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -31,9 +32,16 @@ STYLE = {
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markdown:
-    """A table; the first column is left-aligned, the others right-aligned."""
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    """A table; columns of figures are right-aligned, the first and those that hold words left-aligned."""
+    columns = list(zip(*rows, strict=True)) or [()] * len(header)
+    sides = [":--" if n == 0 or not all(map(_is_figure, column)) else "--:" for n, column in enumerate(columns)]
+    lines = [header, sides, *rows]
     return Markdown("\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines))
+
+
+def _is_figure(cell: object) -> bool:
+    """Whether a cell begins with a number, or is empty or a dash."""
+    return re.match(r"[*~<+±−–-]*\s*(\d|$)", str(cell)) is not None
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

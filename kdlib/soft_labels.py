@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from kdlib import artefacts
 from kdlib.data import Data, ImageSet
-from kdlib.models import mixed_precision, pick_device, predict_logits
+from kdlib.models import mixed_precision, pick_device, predict_logits, quicker
 from kdlib.profiles import Profile
 from kdlib.train import Trained
 
@@ -83,8 +83,8 @@ class LiveTeacher:
             return self.model(images).float()
 
     def to(self, device: torch.device | str) -> LiveTeacher:
-        self.model.to(device, memory_format=torch.channels_last)
-        return self
+        model = self.model.to(device, memory_format=torch.channels_last).eval()
+        return replace(self, model=quicker(model, torch.device(device), answers=True))
 
     def describe(self) -> dict:
         return self.fingerprint
@@ -113,7 +113,9 @@ def generate(
             f"views is {views}: expected 1 (the clean image) to {len(data.view_table)}, which is all that {data.name} "
             f"has with {data.padding} pixels of padding and flip={data.flip}"
         )
-    data = data.to(pick_device(device))
+    device = pick_device(device)
+    data = data.to(device)
+    teacher = quicker(teacher.to(device, memory_format=torch.channels_last).eval(), device, answers=True)
     logits = np.empty((views, len(data), data.classes), np.float16)
     largest = float(np.finfo(np.float16).max)  # a hardly trained teacher may exceed it; infinity would end the training
     quiet = {} if progress else {"disable": True}  # left out where not needed, so that TQDM_DISABLE=1 is heard

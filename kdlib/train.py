@@ -17,7 +17,15 @@ from tqdm import tqdm
 
 from kdlib import artefacts
 from kdlib.data import Batch, ImageSet, batches, cutout, draw_epoch, mixup, steps_per_epoch
-from kdlib.models import build, compiled, half_precision, mixed_precision, pick_device, predict_logits
+from kdlib.models import (
+    build,
+    half_precision,
+    mixed_precision,
+    pick_device,
+    predict_logits,
+    quicker,
+    tuned_convolutions,
+)
 
 CHECKPOINT_SECONDS = 60  # at least so long between two checkpoints of a long run
 
@@ -133,7 +141,7 @@ def train(
     key = artefacts.digest(run_fingerprint(data, loss_fn, recipe)) if checkpoint else None
     run = _Checkpoint(checkpoint, key, model, optimizer, scaler, generator)
     history, step = run.resume(history, step)
-    network = compiled(model, images=recipe.epochs * len(data), device=device)
+    network = quicker(model.train(), device)
 
     def advance(batch: Batch) -> Tensor:
         with mixed_precision(device):
@@ -153,7 +161,7 @@ def train(
     quiet = {} if progress else {"disable": True}  # left out where not needed, so that TQDM_DISABLE=1 is heard
     with (
         tqdm(total=recipe.epochs, initial=len(history.loss), unit="epoch", leave=False, **quiet) as bar,
-        torch.backends.cudnn.flags(benchmark=device.type == "cuda"),  # all batches are of one size
+        tuned_convolutions(device),
     ):
         for _ in range(len(history.loss), recipe.epochs):
             model.train()
@@ -189,8 +197,8 @@ class _Recorded:
     """A training step on a GPU, recorded as one CUDA graph at its fourth call and replayed from then on.
 
     A small network's step is hundreds of kernels of a few microseconds each, and starting one from Python takes longer
-    than running it. A replay starts them all at once. The first calls are ordinary steps: they let cuDNN choose, the
-    compiler compile and the optimiser make its buffers, none of which can be recorded. What cannot be recorded at all
+    than running it. A replay starts them all at once. The first calls are ordinary steps: they let cuDNN choose,
+    Triton compile and the optimiser make its buffers, none of which can be recorded. What cannot be recorded at all
     (a loss that looks at a value, say) goes on as ordinary steps, with a warning.
     """
 

@@ -1,11 +1,15 @@
 """What the unit tests share: folders of their own, no GPU, and image sets small enough to train on in a blink."""
 
+import os
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels for a GPU run here too; read when torchvision imports Triton
 
 from kdlib import build
 from kdlib.data import ImageSet

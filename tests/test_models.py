@@ -13,6 +13,7 @@ from kdlib.models import (
     mixed_precision,
     pick_device,
     predict_logits,
+    tuned_convolutions,
 )
 
 pytestmark = pytest.mark.usefixtures("isolated")
@@ -161,3 +162,12 @@ def test_half_precision_is_bfloat16_where_the_gpu_has_it_and_float16_where_it_wo
 def test_on_a_cpu_it_is_computed_in_float32():
     with mixed_precision(torch.device("cpu")):
         assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cudnn_is_told_to_try_its_algorithms_on_a_gpu_and_is_never_turned_off(device):
+    before = torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark
+    with tuned_convolutions(torch.device(device)):
+        assert torch.backends.cudnn.enabled
+        assert torch.backends.cudnn.benchmark == (device == "cuda")
+    assert (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark) == before

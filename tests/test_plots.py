@@ -206,6 +206,22 @@ def test_rows_of_dots_stand_under_their_names_with_a_bar_at_the_mean():
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first name on top
 
 
+@pytest.mark.parametrize(
+    ("cells", "side"),
+    [
+        (["99.60 %", 7], "--:"),
+        (["**+1.76**", "–", ""], "--:"),
+        (["-0.28 to 1.2", "−3", "± 0.4", "1,200"], "--:"),
+        (["cnn", "7"], ":--"),
+        (["holds", "not seen here"], ":--"),
+        (["`cnn`"], ":--"),
+    ],
+)
+def test_a_tables_column_is_on_the_right_where_it_holds_figures(cells, side):
+    found = plots.table(["", "column"], [["row", cell] for cell in cells])
+    assert found.data.splitlines()[1] == f"| :-- | {side} |"
+
+
 def test_text_table_stands_in_columns():
     assert plots.text_table(["", "network", "ms"], [["teacher", "cnn", "10.25"], ["x", "resnet18", "3"]]) == (
         "         network      ms\n-----------------------\nteacher  cnn       10.25\nx        resnet18      3"

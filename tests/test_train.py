@@ -17,7 +17,6 @@ from tqdm import tqdm
 from kdlib import artefacts, build, predict_logits
 from kdlib.data import Batch, batches
 from kdlib.losses import CrossEntropy, Distillation
-from kdlib.models import compiled
 from kdlib.soft_labels import LiveTeacher, SoftLabels, generate
 from kdlib.train import Recipe, load_or_train, run_fingerprint, train, train_many
 
@@ -626,15 +625,6 @@ def test_side_by_side_checks_the_soft_labels_first(image_set, toy_teacher):
 
 
 # --- on a GPU ------------------------------------------------------------------------------------------------------
-
-
-def test_only_large_networks_on_a_gpu_are_compiled():
-    small, large = build("tiny_cnn", 4, 1), build("resnet18", 4, 1)
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert compiled(small, images=10**6, device=gpu) is small
-    assert compiled(large, images=10**8, device=cpu) is large
-    assert compiled(large, images=10**3, device=gpu) is large
-    assert compiled(large, images=10**8, device=gpu)._orig_mod is large  # nothing is compiled before it is called
 
 
 class FakeGraph:

@@ -64,9 +64,9 @@ def setting(device: torch.device) -> Setting:
     """Profile full's size on a GPU; on a CPU one that takes seconds."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device.type == "cuda":
-        workers = tuple(n for n in (4, 8, 16) if n <= cores) or (cores,)
-        return Setting(50_000, 32, 3, 4, "resnet50", "wide_resnet14", 512, 3, 8192, workers, 0.5)
-    return Setting(1_000, 8, 1, 1, "digits_cnn", "tiny_cnn", 50, 3, 1024, (0, cores), 1.0)
+        workers = tuple(n for n in (8, 16) if n <= cores) or (cores,)
+        return Setting(50_000, 32, 3, 4, "resnet50", "wide_resnet14", 512, 3, 8192, workers, 0.2)
+    return Setting(1_000, 8, 1, 1, "digits_cnn", "tiny_cnn", 50, 9, 1024, (0, cores), 1.0)
 
 
 def noise(s: Setting, count: int) -> data.ImageSet:

@@ -562,7 +562,7 @@ def shown_findings() -> str:
         found = experiments.load(path)
         verdicts += [experiments.judge(claim, found).verdict for claim in found["claims"]]
         devices = ", ".join(dict.fromkeys(row["device"] for row in found["rows"]))
-        table = plots.table(*experiments.verdict_rows(found)).data.replace("--:", ":--")  # it holds text, not figures
+        table = plots.table(*experiments.verdict_rows(found)).data
         sections.append(
             f"## [{chapter.number} {chapter.title}]({chapter.path.name})\n\n{table}\n\n"
             f"Profile {found['profile']} ({found['dataset']}) on {devices}, {found['date']}: {len(found['rows'])} "
