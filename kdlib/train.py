@@ -333,9 +333,10 @@ def train_many(
             rate = rates * (recipe.learning_rate_at((step + 0.5) / steps) / recipe.learning_rate)
             with torch.no_grad():  # SGD with Nesterov momentum, as torch.optim has it, with a rate for each network
                 for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
-                    gradient = gradient + decays.view(shaped[name]) * weight
-                    velocity[name].mul_(recipe.momentum).add_(gradient)
-                    weight.sub_(rate.view(shaped[name]) * (gradient + recipe.momentum * velocity[name]))
+                    gradient = gradient.addcmul(weight, decays.view(shaped[name]))
+                    torch.add(gradient, velocity[name], alpha=recipe.momentum, out=velocity[name])
+                    ahead = gradient.add_(velocity[name], alpha=recipe.momentum)
+                    weight.addcmul_(ahead, rate.view(shaped[name]), value=-1)
             step += 1
         for (_, places), loss in zip(parts, (totals / per_epoch).tolist(), strict=True):
             for place in places.tolist():
