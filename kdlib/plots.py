@@ -40,8 +40,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markdown:
 
 
 def _is_figure(cell: object) -> bool:
-    """Whether a cell begins with a number, or is empty or a dash."""
-    return re.match(r"[*~<+±−–-]*\s*(\d|$)", str(cell)) is not None
+    """Whether a cell is short and begins with a number, or is empty or a dash."""
+    return len(str(cell)) < 25 and re.match(r"[*~<+±−–-]*\s*(\d|$)", str(cell)) is not None
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -215,6 +215,7 @@ def test_rows_of_dots_stand_under_their_names_with_a_bar_at_the_mean():
         (["cnn", "7"], ":--"),
         (["holds", "not seen here"], ":--"),
         (["`cnn`"], ":--"),
+        (["+0.16 ± 0.81 points (n = 5)"], ":--"),
     ],
 )
 def test_a_tables_column_is_on_the_right_where_it_holds_figures(cells, side):
