@@ -4,7 +4,8 @@ data         data sets, splits and views             soft_labels  the teacher's 
 models       the networks, and running them          evaluate     accuracy, calibration, agreement, latency
 losses       the distillation loss                   plots        every figure and table of the book
 train        one loop for everybody                  profiles     quick and full: data set, networks, recipes
-artefacts    saving, and using again only what fits  experiments  measurements that resume, claims that they decide
+fused        batch norm and ReLU in one operation  experiments  measurements that resume, claims that they decide
+artefacts    saving, and using again only what fits
 """
 
 from kdlib.data import load_data

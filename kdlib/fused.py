@@ -1,7 +1,8 @@
 """The same networks with fewer journeys through a GPU's memory: what they compute does not change, how fast does.
 
 Batch norm, a shortcut and ReLU do next to no arithmetic. Each reads and writes whole feature maps, and in a ResNet that
-takes longer than the convolutions between them. Here they are one operation, by which a map is read and written once.
+takes longer than the convolutions between them. Here they are one operation, which reads a map twice (once for batch
+norm's statistics) and writes it once.
 """
 
 from __future__ import annotations
@@ -27,10 +28,15 @@ FEW = 16  # columns of which one program adds up the parts' sums
 
 
 def for_training(model: nn.Module) -> nn.Module:
-    """`model` with batch norm, shortcut and ReLU as one operation; its weights are the model's own.
+    """`model` with batch norm (Ioffe & Szegedy, arXiv 1502.03167), shortcut and ReLU as one operation.
 
-    Hooks on its modules are not called. Where the model cannot be traced (a forward that looks at values), it comes
-    back as it is, with a warning.
+    Args:
+        model: in train mode, from (B, C, H, W) images to (B, classes) logits, on a GPU. Hooks on its modules are not
+            called by what comes back.
+
+    Returns:
+        A network with the model's own weights and statistics. The model itself, with a warning, where it cannot be
+        traced: where its forward looks at the values of its tensors.
     """
     graph = _traced(model)
     if graph is None:
@@ -40,7 +46,7 @@ def for_training(model: nn.Module) -> nn.Module:
     for norm in _calls(graph, nn.BatchNorm2d):
         _replace(graph, norm, Norm(graph.get_submodule(norm.target), relu=False), norm, None)
     for norm in _calls(graph, Norm):
-        if len(norm.users) == 2:
+        if len(norm.users) == 2 and not any(_in_place(graph, user) for user in norm.users):
             _fork(graph, norm)
     graph.recompile()
     return graph
@@ -50,8 +56,14 @@ def for_answers(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of the trained `model` in `dtype`, for answers only: batch norm is folded into the convolution before it.
 
     In eval mode batch norm multiplies by one constant and adds another, which a convolution's weights can do as well;
-    cuDNN then adds the shortcut and takes the ReLU before it writes the map. Where the model cannot be traced, it comes
-    back as it is, with a warning.
+    cuDNN then adds the shortcut and takes the ReLU before it writes the map.
+
+    Args:
+        model: from (B, C, H, W) images to (B, classes) logits, on a GPU; it is left as it is.
+        dtype: of the copy's weights, and of its logits.
+
+    Returns:
+        A network that takes images of any dtype. The model itself, with a warning, where it cannot be traced.
     """
     graph = _traced(copy.deepcopy(model).eval())
     if graph is None:
@@ -110,6 +122,14 @@ def _usual(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return True
+
+
+def _in_place(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a call may write over its input."""
+    if node.op == "call_module":
+        return getattr(graph.get_submodule(node.target), "inplace", False)
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    return node.target is operator.iadd or name.endswith("_") or bool(node.kwargs.get("inplace"))
 
 
 def _endings(graph: fx.GraphModule, kind: type[nn.Module]) -> list[tuple[fx.Node, fx.Node, fx.Node | None]]:

@@ -87,6 +87,28 @@ def test_in_eval_mode_the_running_statistics_are_used_and_kept():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+class InPlace(nn.Module):
+    """A map with two users, of which the first writes over it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+
+    def forward(self, images):
+        x = self.norm(self.conv(images))
+        return self.relu(x) * 2 + x * 3
+
+
+def test_a_map_that_is_written_over_keeps_its_gradients():
+    torch.manual_seed(0)
+    model = InPlace().to(DEVICE)
+    twin, images = copy.deepcopy(model), torch.randn(4, 3, 5, 5, device=DEVICE)
+    for one in (fused.for_training(model), twin):
+        one(images).sum().backward()
+    for ours, theirs in zip(model.norm.parameters(), twin.norm.parameters(), strict=True):
+        assert off(ours.grad, theirs.grad.double()) < 1e-4
+
+
 @pytest.fixture
 def cudnn(monkeypatch):
     """cuDNN's two operations, written out where there is no GPU; a list of the calls."""

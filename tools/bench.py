@@ -54,7 +54,7 @@ class Setting:
     teacher: str
     student: str
     batch_size: int
-    epochs: int  # timed, after one that is not
+    epochs: int  # timed, after one that is not; as many views are answered, so no more than there are
     matrix: int  # rows of the square matrices whose product tells what the device can do
     workers: tuple[int, ...]  # of the tutorial's DataLoader; the best is taken
     tutorial_share: float  # of the images that the tutorial's loop is timed on
