@@ -192,12 +192,18 @@ def load_results(path: Path) -> dict:
 NAMES = {"teacher": "teacher", "student": "student alone", "distilled": "distilled student"}
 
 
-def results_rows(results: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of results: the networks of ``results.json`` in words."""
+def results_rows(results: dict, *, latency: bool = True) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of results: the networks of ``results.json`` in words.
+
+    Args:
+        results: the content of ``results.json``.
+        latency: with columns for the milliseconds on each device.
+    """
     devices = list(dict.fromkeys(d for run in results["runs"] for d in run["latency_ms"]))
     batches = list(dict.fromkeys(b for run in results["runs"] for d in run["latency_ms"].values() for b in d))
     header = ["", "network", "test accuracy", "seeds", "parameters", "file, MB"]
-    header += [f"ms for {b} on {d}" for d in devices for b in batches]
+    timed = [(d, b) for d in devices for b in batches] if latency else []
+    header += [f"ms for {b} on {d}" for d, b in timed]
     rows = []
     for run in results["runs"]:
         row = [
@@ -208,7 +214,7 @@ def results_rows(results: dict) -> tuple[list[str], list[list[str]]]:
             f"{run['parameters']:,}",
             f"{run['size_mb']:.2f}",
         ]
-        row += [f"{run['latency_ms'].get(d, {}).get(b, float('nan')):.2f}" for d in devices for b in batches]
+        row += [f"{run['latency_ms'].get(d, {}).get(b, float('nan')):.2f}" for d, b in timed]
         rows.append(row)
     return header, rows
 

@@ -2,7 +2,8 @@
 
 Batch norm, a shortcut and ReLU do next to no arithmetic. Each reads and writes whole feature maps, and in a ResNet that
 takes longer than the convolutions between them. Here they are one operation, which reads a map twice (once for batch
-norm's statistics) and writes it once.
+norm's statistics) and writes it once. Max-pooling over 2x2 pixels is here too: PyTorch's writes down which pixel won
+and is bound by that; this one looks again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FEW = 16  # columns of which one program adds up the parts' sums
 
 
 def for_training(model: nn.Module) -> nn.Module:
-    """`model` with batch norm (Ioffe & Szegedy, arXiv 1502.03167), shortcut and ReLU as one operation.
+    """`model` with batch norm (Ioffe & Szegedy, arXiv 1502.03167), shortcut and ReLU as one operation; pooling too.
 
     Args:
         model: in train mode, from (B, C, H, W) images to (B, classes) logits, on a GPU. Hooks on its modules are not
@@ -48,6 +49,8 @@ def for_training(model: nn.Module) -> nn.Module:
     for norm in _calls(graph, Norm):
         if len(norm.users) == 2 and not any(_in_place(graph, user) for user in norm.users):
             _fork(graph, norm)
+    for pool in _calls(graph, nn.MaxPool2d):
+        _replace(graph, pool, MaxPool(graph.get_submodule(pool.target)), pool, None)
     graph.recompile()
     return graph
 
@@ -121,6 +124,10 @@ def _usual(module: nn.Module) -> bool:
         return module.affine and module.track_running_stats and module.momentum is not None
     if isinstance(module, nn.Conv2d):
         return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    if isinstance(module, nn.MaxPool2d):  # over 2x2 pixels, and nothing else
+        how = (module.kernel_size, module.stride, module.padding, module.dilation)
+        pairs = [value if isinstance(value, tuple) else (value, value) for value in how]
+        return pairs == [(2, 2), (2, 2), (0, 0), (1, 1)] and not module.return_indices
     return True
 
 
@@ -215,12 +222,22 @@ class Norm(nn.Module):
             y = n(x) if shortcut is None else n(x) + shortcut
             y = F.relu(y) if self.relu else y
             return (y, y) if self.fork else y
-        n.num_batches_tracked.add_(1)
-        statistics = (n.weight, n.bias, n.running_mean, n.running_var, n.momentum, n.eps)
+        statistics = (n.weight, n.bias, n.running_mean, n.running_var, n.num_batches_tracked, n.momentum, n.eps)
         return _Norm.apply(x, shortcut, *statistics, self.relu, self.fork)
 
 
-# --- the operation -------------------------------------------------------------------------------------------------
+class MaxPool(nn.Module):
+    """The largest of each 2x2 pixels."""
+
+    def __init__(self, pool: nn.MaxPool2d):
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(x) if x.shape[2] % 2 or x.shape[3] % 2 else _MaxPool.apply(x)
+
+
+# --- the operations ------------------------------------------------------------------------------------------------
 # A map (B, C, H, W), channels last, is a matrix of M = B*H*W rows and C columns. Sums over its rows are formed in two
 # stages: PARTS programs sum up some rows each, then one program for each group of columns adds their sums. No atomic
 # additions: the same input gives the same bits.
@@ -230,7 +247,7 @@ class _Norm(torch.autograd.Function):
     """relu(batch_norm(x) + shortcut) and its gradients. Forwards x is read twice, backwards it and the gradient are."""
 
     @staticmethod
-    def forward(ctx, x, shortcut, weight, bias, running_mean, running_var, momentum, eps, relu, fork):
+    def forward(ctx, x, shortcut, weight, bias, running_mean, running_var, batches, momentum, eps, relu, fork):
         x = x.contiguous(memory_format=torch.channels_last)
         ctx.add, ctx.relu, ctx.fork = shortcut is not None, relu, fork
         if ctx.add:
@@ -239,8 +256,9 @@ class _Norm(torch.autograd.Function):
         sums, known = plan.empty(plan.parts, 2), plan.empty(4)
         _moments[plan.parts, plan.blocks](x, sums, plan.M, plan.C, plan.each, plan.BM, plan.BC)
         _known[plan.groups,](
-            sums, weight, bias, running_mean, running_var, known, plan.M, plan.C, plan.parts, momentum, eps, FEW
-        )
+            sums, weight, bias, running_mean, running_var, batches, known, plan.M, plan.C, plan.parts, momentum, eps,
+            FEW,
+        )  # fmt: skip
         _apply[plan.tiles, plan.blocks](x, shortcut, y, known, plan.M, plan.C, ctx.add, relu, plan.BM, plan.BC)
         ctx.save_for_backward(x, y if ctx.add else None, known)
         return (y, y.detach()) if fork else y
@@ -263,7 +281,30 @@ class _Norm(torch.autograd.Function):
         _backward_apply[plan.tiles, plan.blocks](
             kept if keep else gradient, x, of_x, known, found, plan.M, plan.C, ctx.relu and not keep, plan.BM, plan.BC
         )
-        return of_x, kept if ctx.add else None, found[0], found[1], *[None] * 6
+        return of_x, kept if ctx.add else None, found[0], found[1], *[None] * 7
+
+
+class _MaxPool(torch.autograd.Function):
+    """The largest of 2x2 pixels; where several are, the first of them gets the gradient, as PyTorch has it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous(memory_format=torch.channels_last)
+        ctx.save_for_backward(x)
+        B, C, H, W = x.shape
+        y = torch.empty((B, C, H // 2, W // 2), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        plan = _Plan(y)
+        _max_pool[plan.tiles, plan.blocks](x, y, plan.M, plan.C, W // 2, plan.BM, plan.BC)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        gradient, of_x = gradient.contiguous(memory_format=torch.channels_last), torch.empty_like(x)
+        plan = _Plan(gradient)
+        at = (plan.M, plan.C, gradient.shape[3], plan.BM, plan.BC)
+        _max_pool_backward[plan.tiles, plan.blocks](gradient, x, of_x, *at)
+        return of_x
 
 
 class _Plan:
@@ -313,8 +354,12 @@ def _total(sums, c, C, parts, BC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _known(sums, weight, bias, running_mean, running_var, known, M, C, parts, momentum, eps, BC: tl.constexpr):
+def _known(
+    sums, weight, bias, running_mean, running_var, batches, known, M, C, parts, momentum, eps, BC: tl.constexpr
+):  # fmt: skip
     """Mean, 1 / standard deviation, and the factor and the term that x is normalised by; the running statistics."""
+    if tl.program_id(0) == 0:
+        tl.store(batches, tl.load(batches) + 1)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     first, second = _total(sums, c, C, parts, BC)
     mean = first / M
@@ -410,3 +455,39 @@ def _backward_apply(gradient, x, of_x, known, found, M, C, RELU: tl.constexpr, B
     if RELU:  # a gradient that was kept has the ReLU's zeros in it already
         g = tl.where(v * factor[None, :] + tl.load(known + 3 * C + c, c < C, 0)[None, :] > 0, g, 0)
     tl.store(of_x + at, factor[None, :] * g + slope[None, :] * v + term[None, :], there)
+
+
+@triton.jit
+def _squares(M, C, width, BM: tl.constexpr, BC: tl.constexpr):
+    """For a tile of a pooled map: where it is, where the first of its four pixels are, and which of it there is."""
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    first = (r // width) * 4 * width + 2 * (r % width)  # two rows of 2 * width pixels for each row of the pooled map
+    return r[:, None] * C + c[None, :], first[:, None] * C + c[None, :], (r < M)[:, None] & (c < C)[None, :]
+
+
+@triton.jit
+def _max_pool(x, y, M, C, width, BM: tl.constexpr, BC: tl.constexpr):
+    at, first, there = _squares(M, C, width, BM, BC)
+    below = first + 2 * width * C
+    upper = tl.maximum(tl.load(x + first, there, 0), tl.load(x + first + C, there, 0))
+    lower = tl.maximum(tl.load(x + below, there, 0), tl.load(x + below + C, there, 0))
+    tl.store(y + at, tl.maximum(upper, lower), there)
+
+
+@triton.jit
+def _max_pool_backward(gradient, x, of_x, M, C, width, BM: tl.constexpr, BC: tl.constexpr):
+    at, first, there = _squares(M, C, width, BM, BC)
+    below = first + 2 * width * C
+    g = tl.load(gradient + at, there, 0)
+    a, b = tl.load(x + first, there, 0), tl.load(x + first + C, there, 0)
+    c, d = tl.load(x + below, there, 0), tl.load(x + below + C, there, 0)
+    largest = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
+    nothing = tl.zeros_like(g)
+    tl.store(of_x + first, tl.where(a == largest, g, nothing), there)
+    g = tl.where(a == largest, nothing, g)  # what the pixels before have left
+    tl.store(of_x + first + C, tl.where(b == largest, g, nothing), there)
+    g = tl.where(b == largest, nothing, g)
+    tl.store(of_x + below, tl.where(c == largest, g, nothing), there)
+    g = tl.where(c == largest, nothing, g)
+    tl.store(of_x + below + C, tl.where(d == largest, g, nothing), there)

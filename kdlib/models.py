@@ -120,9 +120,9 @@ class ResidualBlock(nn.Module):
 
 
 class WideResNet14(nn.Module):
-    """Three stages of two residual blocks, widths 32, 64 and 128: fourteen layers, under a million parameters."""
+    """Three stages of two residual blocks, widths 32, 64 and 160: fourteen layers, under a million parameters."""
 
-    def __init__(self, classes: int, channels: int = 3, widths: tuple[int, ...] = (32, 64, 128)):
+    def __init__(self, classes: int, channels: int = 3, widths: tuple[int, ...] = (32, 64, 160)):
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()

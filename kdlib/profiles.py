@@ -81,7 +81,7 @@ PROFILES = {
         teacher="resnet50",
         students=("cnn", "wide_resnet14"),
         teacher_recipe=Recipe(epochs=100, batch_size=512, learning_rate=0.4, cutout=16, mixup=0.2),
-        student_recipe=Recipe(epochs=90, batch_size=512, learning_rate=0.4),
+        student_recipe=Recipe(epochs=100, batch_size=512, learning_rate=0.4),
         temperature=4.0,
         alpha=0.1,
         views=None,

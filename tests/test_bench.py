@@ -32,8 +32,8 @@ def small(bench):
 
 def test_every_case_is_measured(bench):
     s = small(bench)
-    for case in (bench.TEACHER, bench.SOFT_LABELS, bench.STUDENT, bench.LIVE):
-        found = bench.measure(case, s, CPU, peak=1e9)
+    for case, network in bench.cases(s):
+        found = bench.measure(case, network, s, CPU, peak=1e9)
         assert found["images_a_second"] == pytest.approx(160 / found["seconds_an_epoch"])
         assert found["share_of_matrix_product"] == pytest.approx(found["tflops"] * 1e12 / 1e9)
         assert found["times_as_fast"] == pytest.approx(found["tutorial_seconds_an_epoch"] / found["seconds_an_epoch"])

@@ -19,6 +19,7 @@ from unittest import mock
 from urllib.parse import unquote, urldefrag
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
 import torch
@@ -308,7 +309,7 @@ def test_publishing(tiny, capsys):
     stamp = notebook.metadata["kdlib_published"]
     assert stamp["profile"] == "quick"
     assert stamp["versions"].keys() >= {"python", "torch"}
-    assert set(stamp["hash"]) == {"code cells", "recipe", "losses.py", "models.py", "train.py"}
+    assert set(stamp["hash"]) == {"code cells", "recipe", *workshop(tiny).STAMPED_FILES}
 
     with mock.patch.dict(os.environ):
         assert workshop(tiny).main(["publish", "--profile", "quick", "--chapters", "0"]) == 0
@@ -352,6 +353,16 @@ def test_part_one_as_a_chain_with_parameters(clone):
     # the same by the workshop's own command, which must notice a figure that nobody measured
     verified = book(clone, "verify", "--profile", "quick", *arguments[4:])
     assert verified.returncode == 0, verified.stderr
+    path = folder / "soft_labels.npy"
+    if not path.exists():
+        path = artefacts.base_folder(folder) / path.name
+    logits, known = artefacts.load_array(path), artefacts.record(path)
+    slipped = {"fingerprint": known["fingerprint"], "provenance": known["provenance"]}
+    artefacts.save_array(path, np.roll(logits, 1, axis=1), **slipped)  # each image has its neighbour's
+    refused = book(clone, "verify", "--profile", "quick", *arguments[4:])
+    assert refused.returncode == 1
+    assert "soft_labels.npy: the clean view's logits are off by" in refused.stderr
+    artefacts.save_array(path, logits, **slipped)
     distilled["accuracy"][1] += 0.01
     artefacts.save_json(folder / "results.json", results)
     refused = book(clone, "verify", "--profile", "quick", *arguments[4:])
@@ -588,7 +599,14 @@ def test_the_table_of_results_is_written_where_it_is_shown(tiny):
     marked = "before\n<!-- results: begin -->\n{}<!-- results: end -->\nafter\n"
     (tiny / "README.md").write_text(marked.format(""), encoding="utf-8")
     (tiny / "book" / "intro.md").write_text(marked.format("an older table\n"), encoding="utf-8")
-    run = {"network": "tiny_cnn", "parameters": 1898, "size_mb": 0.01, "seeds": [0, 1], "latency_ms": {"CPU": {}}}
+    run = {
+        "network": "tiny_cnn",
+        "parameters": 1898,
+        "size_mb": 0.01,
+        "seeds": [0, 1],
+        "latency_ms": {"CPU": {}},
+        "device": "a CPU",
+    }
     runs = [{**run, "role": "student", "accuracy": [0.9, 0.92]}, {**run, "role": "distilled", "accuracy": [0.94, 0.96]}]
     results = {"profile": "quick", "dataset": "digits", "date": "2026-01-31", "runs": runs}
     for _ in range(2):  # a second time changes nothing
@@ -598,7 +616,7 @@ def test_the_table_of_results_is_written_where_it_is_shown(tiny):
             assert re.search(r"\| distilled student +\| tiny_cnn +\| 95.00 ± 1.41 %", text)
             assert "older" not in text
             assert text.startswith("before\n<!-- results: begin -->\n\n![")
-            assert text.endswith("2026-01-31; written by `make publish`.\n\n<!-- results: end -->\nafter\n")
+            assert text.endswith(" on a CPU, 2026-01-31; written by `make publish`.\n\n<!-- results: end -->\nafter\n")
     assert (tiny / "book" / "published" / "results.png").stat().st_size > 1000
     kept = json.loads((tiny / "book" / "published" / "quick" / "results.json").read_text(encoding="utf-8"))
     assert kept == results
@@ -607,6 +625,7 @@ def test_the_table_of_results_is_written_where_it_is_shown(tiny):
 def test_results_of_profile_quick_do_not_hide_those_of_profile_full(tiny):
     (tiny / "book" / "intro.md").write_text("<!-- results: begin -->\n<!-- results: end -->\n", encoding="utf-8")
     run = {"network": "cnn", "parameters": 9, "size_mb": 3.0, "seeds": [0], "role": "student", "latency_ms": {}}
+    run["device"] = "a GPU"
     for profile, accuracy in (("full", 0.5), ("quick", 0.75)):
         runs = [{**run, "accuracy": [accuracy]}]
         workshop(tiny).fill_results({"profile": profile, "dataset": "any", "date": "2026-01-31", "runs": runs})

@@ -267,6 +267,8 @@ def test_the_table_says_it_in_words(run_of):
         ["student alone", "tiny_cnn", "90.50 ± 0.71 %", "2", "1,898", "0.12", "0.25", "12.00"],
         ["distilled student", "tiny_cnn", "92.00 ± 1.00 %", "3", "1,898", "0.12", "0.50", "1.23"],
     ]
+    short = results_rows({"runs": [teacher, student, distilled]}, latency=False)
+    assert short == (header[:6], [row[:6] for row in rows])
 
 
 def test_a_percentage_has_the_standard_deviation_over_the_seeds():

@@ -19,6 +19,12 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
+@pytest.fixture(autouse=True)
+def single_precision(monkeypatch):
+    """On a GPU, convolutions with all bits of float32: with TF32 two of the same kind differ by more than we allow."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def off(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """How far off, as a share of the reference's length."""
     return ((ours.double() - reference).norm() / reference.norm()).item()
@@ -60,6 +66,27 @@ def test_the_norm_and_its_gradients_are_those_of_pytorch_in_double_precision(
     if shortcut:
         assert not z.grad[y == 0].any()
         assert off(z.grad, z64.grad) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 20, 6, 4), (3, 224, 2, 8), (40, 8, 16, 16), (2, 3, 5, 7)])
+def test_max_pooling_and_its_gradient_are_those_of_pytorch(shape, dtype):
+    torch.manual_seed(0)
+    images = torch.randn(shape, device=DEVICE).relu().round(decimals=1).to(dtype)  # many zeros, and other equals
+    ours, theirs = (images.clone(memory_format=torch.channels_last).requires_grad_() for _ in range(2))
+    pool = nn.MaxPool2d(2)
+    y, reference = fused.MaxPool(pool)(ours), pool(theirs)
+    assert torch.equal(y, reference)
+    gradient = torch.randn_like(reference)
+    y.backward(gradient)
+    reference.backward(gradient)
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_only_pooling_over_two_by_two_pixels_is_replaced():
+    others = (dict(kernel_size=3, stride=2), dict(kernel_size=2, stride=1), dict(kernel_size=2, padding=1))
+    model = nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d((2, 2), (2, 2)), *(nn.MaxPool2d(**other) for other in others))
+    assert sum(isinstance(module, fused.MaxPool) for module in fused.for_training(model).children()) == 2
 
 
 @pytest.mark.parametrize(("network", "places"), [("resnet18", 20), ("wide_resnet14", 15), ("cnn", 6), ("tiny_cnn", 0)])

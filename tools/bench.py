@@ -52,7 +52,7 @@ class Setting:
     channels: int
     padding: int  # pixels
     teacher: str
-    student: str
+    students: tuple[str, ...]
     batch_size: int
     epochs: int  # timed, after one that is not; as many views are answered, so no more than there are
     matrix: int  # rows of the square matrices whose product tells what the device can do
@@ -65,8 +65,13 @@ def setting(device: torch.device) -> Setting:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device.type == "cuda":
         workers = tuple(n for n in (8, 16) if n <= cores) or (cores,)
-        return Setting(50_000, 32, 3, 4, "resnet50", "wide_resnet14", 512, 3, 8192, workers, 0.2)
-    return Setting(1_000, 8, 1, 1, "digits_cnn", "tiny_cnn", 50, 9, 1024, (0, cores), 1.0)
+        return Setting(50_000, 32, 3, 4, "resnet50", ("cnn", "wide_resnet14"), 512, 3, 8192, workers, 0.2)
+    return Setting(1_000, 8, 1, 1, "digits_cnn", ("tiny_cnn",), 50, 9, 1024, (0, cores), 1.0)
+
+
+def cases(s: Setting) -> list[tuple[str, str]]:
+    """What is measured, each with the network that it is about."""
+    return [(TEACHER, s.teacher), (SOFT_LABELS, s.teacher)] + [(c, n) for c in (STUDENT, LIVE) for n in s.students]
 
 
 def noise(s: Setting, count: int) -> data.ImageSet:
@@ -122,7 +127,7 @@ def forward_flops(network: str, s: Setting) -> float:
     return counter.get_total_flops()
 
 
-def kdlib_epochs(case: str, s: Setting, count: int, device: torch.device) -> tuple[float, float]:
+def kdlib_epochs(case: str, network: str, s: Setting, count: int, device: torch.device) -> tuple[float, float]:
     """Seconds before the first timed epoch (compilation, warm-up), and seconds an epoch, with kdlib."""
     images = noise(s, count)
     teacher = kdlib.build(s.teacher, 10, s.channels).to(device).eval()
@@ -137,7 +142,7 @@ def kdlib_epochs(case: str, s: Setting, count: int, device: torch.device) -> tup
         loss_fn = kdlib.Distillation(kdlib.SoftLabels(torch.from_numpy(logits), made), 4.0, 0.1)
     elif case == LIVE:
         loss_fn = kdlib.Distillation(kdlib.LiveTeacher(teacher, {}), 4.0, 0.1)
-    model = kdlib.build(s.teacher if case == TEACHER else s.student, 10, s.channels)
+    model = kdlib.build(network, 10, s.channels)
     views = 2 if case == STUDENT else None
     recipe = kdlib.Recipe(1 + s.epochs, s.batch_size, 0.05, views=views)
     history = kdlib.train(model, images, loss_fn, recipe, device=device, progress=False)
@@ -165,7 +170,7 @@ class Pictures(Dataset):
         return self.transform(picture), int(self.labels[index]), index
 
 
-def tutorial_epoch(case: str, s: Setting, count: int, device: torch.device, workers: int) -> float:
+def tutorial_epoch(case: str, network: str, s: Setting, count: int, device: torch.device, workers: int) -> float:
     """Seconds an epoch of the same work, as most tutorials write it.
 
     float32 with TF32 as PyTorch sets it, cuDNN's autotuning on, `.item()` in every step; the student's teacher answers
@@ -182,7 +187,7 @@ def tutorial_epoch(case: str, s: Setting, count: int, device: torch.device, work
         pin_memory=device.type == "cuda",
     )
     teacher = kdlib.build(s.teacher, 10, s.channels).to(device).eval()
-    model = kdlib.build(s.teacher if case == TEACHER else s.student, 10, s.channels).to(device)
+    model = kdlib.build(network, 10, s.channels).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
     looked_up = torch.randn(len(images), 10, device=device)
 
@@ -221,27 +226,24 @@ def tutorial_epoch(case: str, s: Setting, count: int, device: torch.device, work
 # --- the table -----------------------------------------------------------------------------------------------------
 
 
-def measure(case: str, s: Setting, device: torch.device, peak: float) -> dict:
+def measure(case: str, network: str, s: Setting, device: torch.device, peak: float) -> dict:
     """One case: kdlib's epoch, the tutorial's, and how the cost grows with the number of images."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    first, epoch = kdlib_epochs(case, s, s.images, device)
+    first, epoch = kdlib_epochs(case, network, s, s.images, device)
     memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    growth = {count: kdlib_epochs(case, s, count, device)[1] for count in (s.images // 4, s.images // 2)}
+    growth = {count: kdlib_epochs(case, network, s, count, device)[1] for count in (s.images // 4, s.images // 2)}
     growth[s.images] = epoch
     count = int(s.images * s.tutorial_share)
-    tutorial = {w: tutorial_epoch(case, s, count, device, w) * s.images / count for w in s.workers}
+    tutorial = {w: tutorial_epoch(case, network, s, count, device, w) * s.images / count for w in s.workers}
     best = min(tutorial, key=tutorial.get)
-    work = {
-        TEACHER: 3 * forward_flops(s.teacher, s),  # backwards costs about twice what forwards does
-        SOFT_LABELS: forward_flops(s.teacher, s),
-        STUDENT: 3 * forward_flops(s.student, s),
-        LIVE: 3 * forward_flops(s.student, s) + forward_flops(s.teacher, s),
-    }[case]
+    # backwards costs about twice what forwards does
+    work = forward_flops(network, s) * (1 if case == SOFT_LABELS else 3)
+    work += forward_flops(s.teacher, s) if case == LIVE else 0
     flops = work * s.images / epoch
     return {
         "case": case,
-        "network": s.teacher if case in (TEACHER, SOFT_LABELS) else s.student,
+        "network": network,
         "images": s.images,
         "batch_size": s.batch_size,
         "seconds_before": first,
@@ -278,19 +280,20 @@ def rows(found: dict) -> tuple[list[str], list[list[str]]]:
 
 def limit_rows(found: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of how near the device's limits that is."""
-    header = ["case", "first epoch, s", "TFLOP/s", "of a matrix product", "peak memory, GB"]
+    header = ["case", "network", "first epoch, s", "TFLOP/s", "of a matrix product", "peak memory, GB"]
     lines = []
     for r in found["cases"]:
         memory = "–" if r["peak_memory_gb"] is None else f"{r['peak_memory_gb']:.1f}"
         share = f"{r['share_of_matrix_product']:.0%}"
-        lines.append([r["case"], f"{r['seconds_before']:.3g}", f"{r['tflops']:.3g}", share, memory])
+        lines.append([r["case"], r["network"], f"{r['seconds_before']:.3g}", f"{r['tflops']:.3g}", share, memory])
     return header, lines
 
 
 def growth_rows(found: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of how an epoch's time grows with the number of images."""
-    header = ["seconds an epoch", *(f"{int(n):,} images" for n in found["cases"][0]["seconds_by_images"])]
-    return header, [[r["case"], *(f"{v:.3g}" for v in r["seconds_by_images"].values())] for r in found["cases"]]
+    header = ["seconds an epoch", "network", *(f"{int(n):,} images" for n in found["cases"][0]["seconds_by_images"])]
+    times = ([f"{seconds:.3g}" for seconds in r["seconds_by_images"].values()] for r in found["cases"])
+    return header, [[r["case"], r["network"], *own] for r, own in zip(found["cases"], times, strict=True)]
 
 
 def shown(found: dict) -> str:
@@ -344,9 +347,9 @@ def main(arguments: list[str] | None = None) -> int:
         "matrix_tflops": peak / 1e12,
         "cases": [],
     }
-    for case in (TEACHER, SOFT_LABELS, STUDENT, LIVE):
-        print(f"{case} …", flush=True)
-        found["cases"].append(measure(case, s, device, peak))
+    for case, network in cases(s):
+        print(f"{case}, {network} …", flush=True)
+        found["cases"].append(measure(case, network, s, device, peak))
     path = profiles.outputs_folder() / f"bench-{device.type}.json"
     artefacts.save_json(path, found)
     if options.publish:
