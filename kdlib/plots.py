@@ -14,6 +14,8 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 # Okabe and Ito's palette, told apart with any colour vision; each network keeps its colour through the book
 TEACHER, ALONE, DISTILLED = "#0072B2", "#D55E00", "#009E73"
 PALETTE = (TEACHER, ALONE, DISTILLED, "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+# from a dot to its name, in points; the better places first
+BESIDE = ((5, 4), (5, -11), (-5, 4), (-5, -11), (5, 14), (5, -21), (-5, 14), (-5, -21))
 STYLE = {
     "figure.dpi": 110,
     "savefig.dpi": 110,
@@ -327,7 +329,7 @@ def scatter(
     Args:
         joined: connect the points of one name across the groups; the name then stands at the last of them.
         front: a staircase through these (x, y), rising from left to right.
-        levels: dashed lines at these heights, each under its name.
+        levels: dashed lines at these heights, each with its name.
     """
     figure, axes = _figure(size=size)
     ax, named = axes[0, 0], []
@@ -346,10 +348,8 @@ def scatter(
                 named.append((name, means[group][name]))
     if len(front):
         ax.step(*zip(*front, strict=True), where="post", color="#555555", linewidth=1, linestyle=":", label="front")
-    for name, level in (levels or {}).items():
+    for level in (levels or {}).values():
         ax.axhline(level, color="#555555", linestyle="--", linewidth=0.8)
-        ax.annotate(name, (0, level), xycoords=("axes fraction", "data"), xytext=(3, 2), textcoords="offset points",
-                    fontsize=8, color="#555555")  # fmt: skip
     if log_x:
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
@@ -361,18 +361,32 @@ def scatter(
         ax.legend(frameon=False)
     figure.draw_without_rendering()  # so that it is known where everything stands
     at = [ax.transData.transform(xy) for points in means.values() for xy in points.values()]
-    taken = [xy + np.array([[-4, -4], [4, 4]]) for xy in at]
+    around = np.array([[-1, -1], [1, 1]])
+    taken = [xy + 4 * around for xy in at]
+    whiskers = [segment for bars in ax.collections for segment in bars.get_segments()]
+    taken += [np.sort(ax.transData.transform(ends), axis=0) + around for ends in whiskers]
+    along = ax.get_yaxis_transform()  # x from 0, the left edge, to 1
+    for level in (levels or {}).values():
+        taken.append(along.transform([(0, level), (1, level)]) + around)
+    for name, level in (levels or {}).items():
+        along_it = [(x, level, dx, dy) for x, dx in ((0, 3), (1, -3), (0.3, 3), (0.6, 3)) for dy in (2, -9)]
+        _write_beside(ax, name, along_it, taken, xycoords=along, color="#555555")
     for name, xy in named:
-        _write_beside(ax, name, xy, taken)
+        _write_beside(ax, name, [(*xy, dx, dy) for dx, dy in BESIDE], taken)
     return figure
 
 
-def _write_beside(ax, name: str, xy: tuple[float, float], taken: list[np.ndarray]) -> None:
-    """A name beside its point, where it covers the least of what is `taken`: boxes ((x0, y0), (x1, y1)) in pixels."""
+def _write_beside(ax, name: str, places: Sequence[tuple], taken: list[np.ndarray], **how: object) -> None:
+    """A name where it covers the least of what is `taken`: boxes ((x0, y0), (x1, y1)) in pixels.
+
+    Args:
+        places: to choose from, the better ones first: x, y, and how far from there the name begins or ends, in points.
+        how: passed on to ``Axes.annotate``.
+    """
     options = []
-    for dx, dy in ((5, 4), (5, -11), (-5, 4), (-5, -11), (5, 14), (5, -21), (-5, 14), (-5, -21)):
+    for x, y, dx, dy in places:
         side = "left" if dx > 0 else "right"
-        text = ax.annotate(name, xy, xytext=(dx, dy), textcoords="offset points", fontsize=8, ha=side)
+        text = ax.annotate(name, (x, y), xytext=(dx, dy), textcoords="offset points", fontsize=8, ha=side, **how)
         box = text.get_window_extent().get_points()
         overlap = sum(np.prod(np.clip(np.minimum(box[1], b[1]) - np.maximum(box[0], b[0]), 0, None)) for b in taken)
         options.append((overlap, len(options), text, box))

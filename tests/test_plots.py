@@ -195,6 +195,16 @@ def test_a_named_point_stands_at_its_means_and_is_named_once():
     assert ax.get_legend_handles_labels()[1].count("alone") == 1
 
 
+def test_names_keep_off_levels_and_whiskers():
+    points = {"left": (1, [0.1, 0.5]), "name": (2, 0.5), "right": (3, [0.1, 0.5])}
+    ax = plots.scatter({"": points}, "x", "y", levels={"the name of a level": 0.515}).axes[0]
+    height = ax.get_yaxis_transform().transform((0, 0.515))[1]
+    boxes = {text.get_text(): text.get_window_extent() for text in ax.texts}
+    assert not boxes["name"].y0 < height < boxes["name"].y1
+    ends = [ax.transData.transform((x, 0.3))[0] for x in (1, 3)]  # whiskers from 0.02 to 0.58, on both sides
+    assert ends[0] < boxes["the name of a level"].x0 < boxes["the name of a level"].x1 < ends[1]
+
+
 def test_rows_of_dots_stand_under_their_names_with_a_bar_at_the_mean():
     groups = {"labels": {"hard": [0.95]}, "teacher": {"soft": [0.96, 0.98], "softer": [1.0]}}
     ax = plots.dots(groups, "accuracy").axes[0]
