@@ -1,13 +1,28 @@
 """Experiments: rows that survive an interruption, and claims that the rows decide."""
 
+import base64
 import json
 
 import numpy as np
 import pytest
 import scipy.stats
 
+import kdlib
 from kdlib import experiments
-from kdlib.experiments import HOLDS, NOT_SEEN, PARTLY, Claim, Comparison, Experiment, difference, judge, load, values
+from kdlib.experiments import (
+    HOLDS,
+    NOT_SEEN,
+    PARTLY,
+    Claim,
+    Comparison,
+    Experiment,
+    Lesson,
+    difference,
+    judge,
+    load,
+    values,
+)
+from kdlib.train import Trained
 
 
 def rows(**cases):
@@ -202,10 +217,174 @@ def test_the_opposite_of_a_claim_is_called_so():
     assert (less.verdict, less.figure.endswith("(n = 3), the other way round")) == (NOT_SEEN, True)
     for soft in ([0.60, 0.62, 0.61], [0.60, 0.40, 0.48]):
         assert "other way" not in judge(claim(MORE), rows(hard=[0.5] * 3, soft=soft)).figure
+
+
+def test_contradicted_is_what_lies_beyond_the_margin_on_the_wrong_side():
     about = Comparison("accuracy", "soft", "hard", margin=0.01, sign=0)
-    assert "other way" not in judge(claim(about), rows(hard=[0.5] * 3, soft=[0.40, 0.42, 0.41])).figure
+    apart = judge(claim(about), rows(hard=[0.5] * 3, soft=[0.40, 0.42, 0.41]))
+    assert apart.figure.endswith("(n = 3; asked for: within 1), the other way round")
+    assert "other way" not in judge(claim(about), rows(hard=[0.5] * 3, soft=[0.49, 0.52, 0.51])).figure
+    nearly = Comparison("accuracy", "soft", "hard", margin=-0.02)  # within two points below
+    short = judge(claim(nearly), rows(hard=[0.5] * 3, soft=[0.490, 0.491, 0.489]))
+    assert short.verdict == HOLDS
+    assert short.figure.endswith("(n = 3; asked for: more than -2)")
+    assert "other way" in judge(claim(nearly), rows(hard=[0.5] * 3, soft=[0.470, 0.471, 0.469])).figure
 
 
 def test_what_a_row_is_made_from_must_be_json(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         Experiment(tmp_path / "x.json").measure("a", (0,), lambda seed: {"accuracy": 0.5}, made_from={"loss": object()})
+
+
+# --- images as well as seeds ----------------------------------------------------------------------------------------
+
+
+def by_image(tmp_path, seeds=(0, 1, 2), images=400, **shares):
+    """An experiment whose rows know their images: of each case a share of them is right, the same for all seeds."""
+    experiment = Experiment(tmp_path / "x.json")
+    for case, share in shares.items():
+        right = np.arange(images) < share * images
+        experiment.measure(case, seeds, lambda seed, right=right: {"accuracy": right}, made_from={"share": share})
+    return experiment.finish()
+
+
+def test_a_row_of_truth_values_keeps_them_and_measures_their_share(tmp_path):
+    found = by_image(tmp_path, images=11, soft=7 / 11)
+    assert values(found, "soft", "accuracy") == dict.fromkeys(range(3), 7 / 11)
+    assert found == load(tmp_path / "x.json")
+    (kept,) = {json.dumps(row["by image"]["accuracy"]) for row in found["rows"]}
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(json.loads(kept)["bits"]), np.uint8), count=11)
+    assert bits.tolist() == [1] * 7 + [0] * 4
+
+
+def test_the_interval_allows_for_the_choice_of_the_images(tmp_path):
+    found = by_image(tmp_path, hard=0.50, soft=0.54)
+    mean, half, n = difference(found, "accuracy", "soft", "hard")
+    apart = (np.arange(400) >= 200) & (np.arange(400) < 216)  # the 16 images that only one gets right
+    assert (mean, n) == (pytest.approx(0.04), 3)
+    assert half == pytest.approx(1.959964 * apart.std(ddof=1) / 20)  # the seeds do not differ at all
+    assert judge(claim(MORE), found).verdict == HOLDS
+    few = by_image(tmp_path / "few", images=50, hard=0.50, soft=0.54)  # the same shares: two images of 50
+    assert judge(claim(MORE), few).verdict == NOT_SEEN
+    against_a_number, half, _ = difference(found, "accuracy", "soft", 0.5)
+    assert against_a_number == pytest.approx(0.04)
+    assert half == pytest.approx(1.959964 * np.sqrt(0.54 * 0.46 / 399), rel=1e-6)
+
+
+def test_the_luck_of_seeds_and_of_images_adds_up_as_squares(tmp_path):
+    rng, experiment = np.random.default_rng(0), Experiment(tmp_path / "x.json")
+    for case, share in {"hard": 0.5, "soft": 0.6}.items():
+        right = iter(rng.random((3, 300)) < share)
+        experiment.measure(case, range(3), lambda seed, right=right: {"accuracy": next(right)}, made_from={"p": share})
+    found = experiment.finish()
+    half = difference(found, "accuracy", "soft", "hard")[1]
+    for row in found["rows"]:
+        images = row.pop("by image")
+        row["of"] = images["accuracy"]["images"]
+    seeds_only = difference(found, "accuracy", "soft", "hard")[1]
+    assert seeds_only < half < np.hypot(seeds_only, 0.1)
+
+
+# --- lessons --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return kdlib.load_data("digits")
+
+
+def lesson(data, rate=0.1, network="perceptron", epochs=2, objective=None):
+    recipe = kdlib.Recipe(epochs=epochs, batch_size=50, learning_rate=rate, weight_decay=0.0)
+    return Lesson(network, data.train, objective or (lambda seed: kdlib.CrossEntropy()), recipe)
+
+
+def test_lessons_are_the_same_side_by_side_and_in_turn(tmp_path, digits):
+    lessons = {
+        "hard": lesson(digits),
+        "smooth": lesson(digits, rate=0.05, objective=lambda seed: kdlib.CrossEntropy(label_smoothing=0.1)),
+    }
+    splits = {"validation": digits.validation, "test": digits.test}
+    teacher = Trained(kdlib.build("perceptron", 10, 1, seed=9), None, {"network": "untrained"}, None)
+    alone, beside = (
+        Experiment(tmp_path / f"{way}.json").train(lessons, (3, 4), splits, teacher=teacher, side_by_side=way)
+        for way in (False, True)
+    )
+    for case in lessons:
+        for one, other in zip(alone[case], beside[case], strict=True):
+            assert one["seed"] == other["seed"]
+            assert one["made_from"] == other["made_from"]
+            for measure in ("accuracy", "nll", "ece", "validation accuracy", "validation nll"):
+                assert one[measure] == pytest.approx(other[measure], abs=2e-3), measure
+            assert one["agreement"] == pytest.approx(other["agreement"], abs=2e-3)
+            assert 0 < one["agreement"] < 0.5  # that teacher knows nothing
+            assert one["diverged"] == 0
+    assert alone["hard"][0]["accuracy"] > 0.3
+    assert alone["hard"][0]["accuracy"] != alone["hard"][1]["accuracy"]
+
+
+def test_a_lesson_is_learned_once_and_each_seed_by_its_own_objective(tmp_path, digits):
+    asked = []
+
+    def objective(seed):
+        asked.append(seed)
+        return kdlib.CrossEntropy()
+
+    def learn(seeds):
+        lessons = {"a": lesson(digits, epochs=1, objective=objective)}
+        return Experiment(tmp_path / "x.json").train(lessons, seeds, {"test": digits.test})
+
+    first = learn((0, 1))
+    assert set(asked) == {0, 1}
+    asked.clear()
+    assert learn((0, 1, 2))["a"][:2] == first["a"]
+    assert set(asked) == {0, 2}  # the first seed's describes the lesson
+
+
+def test_a_student_that_diverges_says_the_same_of_all_classes(tmp_path, digits, capsys):
+    lessons = {"fine": lesson(digits), "lost": lesson(digits, rate=1e30)}
+    found = Experiment(tmp_path / "x.json").train(lessons, (0,), {"test": digits.test}, side_by_side=True)
+    (lost,), (fine,) = found["lost"], found["fine"]
+    assert (lost["diverged"], fine["diverged"]) == (1, 0)
+    assert lost["nll"] == pytest.approx(np.log(10))
+    assert fine["accuracy"] > 0.25 > lost["accuracy"]
+    assert "perceptron, seed 0:" in capsys.readouterr().out
+
+
+def test_a_search_goes_on_beyond_the_end_where_its_best_rate_is(tmp_path, digits, monkeypatch):
+    best_at = {"low": 0.03, "inside": 0.2, "high": 100.0}
+
+    def measured(lessons, seeds):
+        return [(x.network, x.recipe.learning_rate) for x in lessons]
+
+    monkeypatch.setattr(experiments, "_train", measured)
+    monkeypatch.setattr(
+        experiments,
+        "_measured",
+        lambda model, *_: {"validation accuracy": 1 / (1 + abs(np.log(model[1] / best_at[model[0]])))},
+    )
+    lessons = {name: lesson(digits, network=name) for name in best_at}
+    found = Experiment(tmp_path / "x.json").search_rate(lessons, (0.1, 0.2, 0.4), (1000, 1001), digits.validation)
+    assert list(found["inside"]) == [0.1, 0.2, 0.4]
+    assert list(found["low"]) == pytest.approx([0.025, 0.05, 0.1, 0.2, 0.4])
+    assert list(found["high"]) == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6])  # twice beyond, and no further
+    assert max(found["low"], key=found["low"].get) == pytest.approx(0.025)
+
+
+def test_claims_stay_where_a_row_is_measured_after_them(tmp_path):
+    path = tmp_path / "x.json"
+    experiment = Experiment(path)
+    for case, value in {"hard": 0.5, "soft": 0.9}.items():
+        experiment.measure(case, (0, 1), lambda seed, v=value: {"accuracy": v + 0.01 * seed}, made_from={})
+    experiment.finish([claim(MORE)])
+    experiment.measure("more", (0,), lambda seed: {"accuracy": 0.7}, made_from={})
+    assert [c["text"] for c in load(path)["claims"]] == ["soft labels help"]
+
+
+def test_a_file_is_set_aside_once(tmp_path):
+    path = tmp_path / "x.json"
+    for rate in (0.1, 0.2):
+        experiment = Experiment(path)
+        for case in "abc":
+            experiment.measure(case, (0, 1), lambda seed: {"accuracy": 0.1}, made_from={"lr": rate})
+    (aside,) = tmp_path.glob("x.*.json")
+    assert len(load(aside)["rows"]) == 6
