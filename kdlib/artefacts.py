@@ -102,10 +102,15 @@ def device_name(device: torch.device | str) -> str:
 def find(folder: Path, name: str, fingerprint: dict) -> Path | None:
     """The file `name` made from just this: in `folder`, or in the folder of the same profile without overrides.
 
-    A file in `folder` that was made from something else is set aside under another name, and the reason printed.
+    A file in `folder` that was made from something else is set aside under another name, and the reason printed. One
+    that was set aside before and is wanted again comes back.
     """
     own, base = folder / name, base_folder(folder) / name
     _make_room(own, fingerprint)
+    aside = _aside(own, json.loads(json.dumps(fingerprint)))
+    if not own.exists() and aside.exists() and not _mismatch(aside, fingerprint):
+        os.replace(aside, own)
+        os.replace(_record_path(aside), _record_path(own))
     return next((path for path in (own, base) if path.exists() and not _mismatch(path, fingerprint)), None)
 
 
@@ -269,11 +274,16 @@ def _record_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def _aside(path: Path, fingerprint: dict | None) -> Path:
+    """Where a file made from that is kept while something else has its name."""
+    return path.with_name(f"{path.stem}.{digest(fingerprint)}{path.suffix}")
+
+
 def _make_room(path: Path, fingerprint: dict) -> None:
     """Set the file at `path` aside where it was made from something else."""
     if not path.exists() or not (reasons := _mismatch(path, fingerprint)):
         return
-    aside = path.with_name(f"{path.stem}.{digest(record(path).get('fingerprint'))}{path.suffix}")
+    aside = _aside(path, record(path).get("fingerprint"))
     if aside.exists():  # such a file was set aside before, or nothing tells what this one was made from
         aside = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:

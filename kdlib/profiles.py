@@ -127,32 +127,15 @@ def resolve(name: str = "auto", *, run: str | None = None, **overrides) -> Profi
     if overrides.get("start_from") == "scratch":
         overrides["start_from"] = None
     overrides = {key: value for key, value in overrides.items() if value is not None}
-    profile = PROFILES[name]
+    for key in ("temperature", "alpha"):
+        if isinstance(overrides.get(key), int):  # papermill makes 4 of "4", and 4.0 is the same
+            overrides[key] = float(overrides[key])
+    profile, effective = PROFILES[name], {}
     for key, value in overrides.items():
-        if key in ("limit", "n_seeds", "seed"):
-            least = 0 if key == "seed" else 1
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{key} is {value!r}: expected a whole number of at least {least}")
-            profile = replace(profile, **{key: value})
-        elif key in ("temperature", "alpha"):
-            profile = replace(profile, **{key: value})
-        elif key == "epochs":
-            profile = replace(
-                profile,
-                teacher_recipe=replace(profile.teacher_recipe, epochs=value),
-                student_recipe=replace(profile.student_recipe, epochs=value),
-            )
-        elif key == "views":
-            profile = profile.with_views(value)
-        elif key == "student":
-            check_network(value)
-            profile = replace(profile, students=(value,))
-        elif key == "start_from":
-            if value not in START_FROM:
-                near = difflib.get_close_matches(str(value), START_FROM, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"start_from is {value!r}: expected one of {', '.join(START_FROM)}{hint}")
-            profile = replace(profile, start_from=value)
+        changed = _override(profile, key, value)
+        if changed != profile:  # what the profile has anyway needs no folder of its own
+            effective[key] = value
+        profile = changed
     check_weights(profile.temperature, profile.alpha)
     if profile.threads:
         torch.set_num_threads(profile.threads)
@@ -160,8 +143,30 @@ def resolve(name: str = "auto", *, run: str | None = None, **overrides) -> Profi
         profile,
         teacher_recipe=replace(profile.teacher_recipe, seed=profile.seed),
         student_recipe=replace(profile.student_recipe, seed=profile.seed),
-        run=(str(run) if run else artefacts.digest(overrides)) if overrides or run else None,
+        run=(str(run) if run else artefacts.digest(effective)) if effective or run else None,
     )
+
+
+def _override(profile: Profile, key: str, value) -> Profile:
+    """The profile with one parameter changed."""
+    if key in ("limit", "n_seeds", "seed"):
+        least = 0 if key == "seed" else 1
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{key} is {value!r}: expected a whole number of at least {least}")
+        return replace(profile, **{key: value})
+    if key == "epochs":
+        teacher, student = (replace(own, epochs=value) for own in (profile.teacher_recipe, profile.student_recipe))
+        return replace(profile, teacher_recipe=teacher, student_recipe=student)
+    if key == "views":
+        return profile.with_views(value)
+    if key == "student":
+        check_network(value)
+        return replace(profile, students=(value,))
+    if key == "start_from" and value not in START_FROM:
+        near = difflib.get_close_matches(str(value), START_FROM, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"start_from is {value!r}: expected one of {', '.join(START_FROM)}{hint}")
+    return replace(profile, **{key: value})  # temperature, alpha, start_from
 
 
 def outputs_folder() -> Path:

@@ -339,6 +339,17 @@ def test_saving_sets_aside_too_what_is_of_something_else(tmp_path, contents):
     assert load_array(tmp_path / "a.npy") == [1]
 
 
+def test_what_was_set_aside_comes_back_when_it_is_wanted_again(tmp_path, contents):
+    save_array(tmp_path / "a.npy", np.zeros(1), fingerprint=OTHER)
+    save_array(tmp_path / "a.npy", np.ones(1), fingerprint=WANTED)
+    before = contents(tmp_path)
+    assert load_array(find(tmp_path, "a.npy", OTHER)) == [0]
+    assert load_array(find(tmp_path, "a.npy", WANTED)) == [1]
+    assert contents(tmp_path) == before
+    (tmp_path / f"a.{digest(OTHER)}.npy.json").unlink()  # nothing tells any more what that one was made from
+    assert find(tmp_path, "a.npy", OTHER) is None
+
+
 def test_files_of_unknown_origin_are_set_aside_one_beside_the_other(tmp_path, capsys):
     for number in range(3):
         np.save(tmp_path / "a.npy", np.full(1, number))  # without a record

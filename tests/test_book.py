@@ -325,6 +325,14 @@ def test_publishing(tiny, capsys):
     assert book(tiny, "publish", "--profile", "quick", "--chapters", "00").returncode == 0
     assert nbformat.read(path, 4).cells[3].outputs[0].text == "new\n"
 
+    notebook = nbformat.read(path, 4)  # as if it came from a GPU
+    notebook.metadata["kdlib_published"]["profile"] = "full"
+    workshop(tiny).write(notebook, path)
+    with mock.patch.dict(os.environ):
+        capsys.readouterr()
+        assert workshop(tiny).main(["publish", "--profile", "quick", "--chapters", "00"]) == 0
+    assert "00 Chapter 00: stays as published at profile full" in capsys.readouterr().out
+
 
 def test_part_one_as_a_chain_with_parameters(clone):
     arguments = ["--profile", "quick", "--chapters", "02 03 05 06", "--params", "epochs=2 n_seeds=2 temperature=8"]

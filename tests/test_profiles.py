@@ -86,7 +86,7 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"temperature": 0}, "temperature is 0: expected a number above 0"),
+        ({"temperature": 0}, "temperature is 0.0: expected a number above 0"),
         ({"temperature": "hot"}, "temperature is 'hot': expected a finite number"),
         ({"alpha": 1.2}, r"alpha is 1\.2: expected a number in \[0, 1\]"),
         ({"alpha": math.nan}, "alpha is nan: expected a finite number"),
@@ -207,3 +207,12 @@ def test_artefacts_go_where_the_environment_says_otherwise_to_the_clone_or_the_w
     (tmp_path / "clone" / "book").mkdir(parents=True)
     (tmp_path / "clone" / "book" / "intro.md").write_text("# The book")
     assert outputs_folder() == tmp_path / "clone" / "outputs"
+
+
+def test_what_a_profile_has_anyway_is_no_override():
+    profile = resolve("full")
+    same = resolve("full", temperature=int(profile.temperature), alpha=profile.alpha, n_seeds=profile.n_seeds)
+    assert same == profile
+    assert same.folder == profile.folder
+    hotter = resolve("full", temperature=8, alpha=profile.alpha)
+    assert hotter.folder == resolve("full", temperature=8.0).folder != profile.folder

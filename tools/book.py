@@ -429,6 +429,9 @@ def publish(options: argparse.Namespace) -> None:
         if stamp and stamp["profile"] == profile and not changed(chapter, stamp) and not options.force:
             print(f"{say}: current (--force runs it again)", flush=True)
             continue
+        if stamp and (stamp["profile"], profile) == ("full", "quick") and not options.force:
+            print(f"{say}: stays as published at profile full (--force replaces it)", flush=True)
+            continue
         print(say, "…", flush=True)
         notebook = execute(chapter, RUNS / "publish" / chapter.path.name, {}, profile)
         del notebook.metadata[STAMP]["parameters"]
@@ -672,7 +675,9 @@ def main(arguments: list[str] | None = None) -> int:
                 "--published", action="store_true", help="what book/published holds, not a run of yours"
             )
         if action is publish:
-            command.add_argument("--force", action="store_true", help="also the chapters that are current")
+            command.add_argument(
+                "--force", action="store_true", help="also chapters that are current, and at quick those of full"
+            )
         if action is address:
             command.add_argument("url", nargs="?", help="a new address; without it, the one in pyproject.toml")
     options = parser.parse_args(arguments)
