@@ -773,7 +773,7 @@ def test_measurements_are_rows_of_at_least_three_seeds(path):
     assert found["profile"] == path.parent.name
     assert len(found["claims"]) >= 3
     for claim in found["claims"]:
-        assert re.search(r"\]\(https?://", claim["source"]), f"{claim['text']}: no link to its source"
+        assert re.search(r"\]\((https?://|\d\d_\w+\.ipynb)", claim["source"]), f"{claim['text']}: no link to its source"
         for compared in claim["comparisons"]:
             for case in (compared["case"], compared["than"]):
                 if isinstance(case, str):
@@ -796,6 +796,7 @@ def test_other_measurements_would_give_other_verdicts(path):
                     if row["case"] == compared["case"]:
                         than = other.get(row["seed"], 0) if isinstance(other, dict) else other
                         row[compared["measure"]] = than + apart
+                        row.pop("by image", None)  # which images it would be right on, nobody knows
                 verdicts.add(experiments.judge(claim, changed).verdict)
         assert len(verdicts) > 1, claim["text"]
 
