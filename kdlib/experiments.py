@@ -123,7 +123,7 @@ class Experiment:
             found = run(part) if at_once else [run(part[0])]
             seconds = (time.perf_counter() - start) / len(part)
             self._keep([(case, seed, made_from, m, seconds) for seed, m in zip(part, found, strict=True)])
-        return self._asked_for(case, seeds, made_from)
+        return [self._asked_for(case, seed, made_from) for seed in seeds]
 
     def train(
         self,
@@ -148,22 +148,25 @@ class Experiment:
             ``case -> rows``, a row a seed. A student whose training diverged says the same of every class; it has 1
             for "diverged", the others 0.
         """
-        first, wanted = seeds[0], {}
-        for case, lesson in lessons.items():
-            wanted[case] = {
+        measured = {"measured on": {split: images.fingerprint for split, images in measured_on.items()}}
+        measured |= {"agreement with": teacher.fingerprint} if teacher else {}
+        wanted = {
+            (case, seed): {
                 "network": lesson.network,
-                **run_fingerprint(lesson.data, lesson.objective(first), replace(lesson.recipe, seed=first)),
-                "measured on": {split: images.fingerprint for split, images in measured_on.items()},
-                **({"agreement with": teacher.fingerprint} if teacher else {}),
+                **run_fingerprint(lesson.data, lesson.objective(seed), replace(lesson.recipe, seed=seed)),
+                **measured,
             }
-        missing = [(c, s) for c in lessons for s in seeds if self._row(c, s, wanted[c]) is None]
+            for case, lesson in lessons.items()
+            for seed in seeds
+        }
+        missing = [(case, seed) for (case, seed), made_from in wanted.items() if not self._row(case, seed, made_from)]
         for jobs in _programs(missing, lessons) if side_by_side else [[job] for job in missing]:
             start = time.perf_counter()
             trained = _train([lessons[case] for case, _ in jobs], [seed for _, seed in jobs])
             found = [_measured(model, measured_on, self._answers(teacher, measured_on)) for model in trained]
             seconds = (time.perf_counter() - start) / len(jobs)
-            self._keep([(c, s, wanted[c], measured, seconds) for (c, s), measured in zip(jobs, found, strict=True)])
-        return {case: self._asked_for(case, seeds, wanted[case]) for case in lessons}
+            self._keep([(*job, wanted[job], measures, seconds) for job, measures in zip(jobs, found, strict=True)])
+        return {case: [self._asked_for(case, seed, wanted[case, seed]) for seed in seeds] for case in lessons}
 
     def search_rate(
         self,
@@ -231,10 +234,11 @@ class Experiment:
         same = (row for row in self._stored if (row["case"], row["seed"], row["made_from"]) == (case, seed, key))
         return next(same, None)
 
-    def _asked_for(self, case: str, seeds: Sequence[int], made_from: Mapping) -> list[dict]:
-        rows = [self._row(case, seed, made_from) for seed in seeds]
-        self.rows += [row for row in rows if row not in self.rows]
-        return rows
+    def _asked_for(self, case: str, seed: int, made_from: Mapping) -> dict:
+        row = self._row(case, seed, made_from)
+        if row not in self.rows:
+            self.rows.append(row)
+        return row
 
     def _keep(self, measured: list[tuple[str, int, Mapping, Mapping, float]]) -> None:
         """Save what was measured: case, seed, what it was made from, measures, seconds."""
@@ -365,7 +369,13 @@ def judge(claim: Claim | Mapping, found: Mapping) -> Judgement:
 def verdict_rows(found: Mapping) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of verdicts: claim, source, our figure, verdict."""
     judged = [(claim, judge(claim, found)) for claim in found["claims"]]
-    rows = [[claim["text"], claim["source"], found_.figure, f"**{found_.verdict}**"] for claim, found_ in judged]
+    unbroken = {" ± ": "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}", "n = ": "n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"}
+    rows = []
+    for claim, found_ in judged:
+        figure = found_.figure
+        for apart, together in unbroken.items():  # a figure is not torn apart at the end of a line
+            figure = figure.replace(apart, together)
+        rows.append([claim["text"], claim["source"], figure, f"**{found_.verdict}**"])
     return ["claim", "source", "here: mean difference and 95 % interval", "verdict"], rows
 
 

@@ -824,7 +824,8 @@ def test_publishing_measurements_writes_the_page_of_verdicts(tiny):
         assert text.startswith("a\n<!-- findings: begin -->\n\nOf 1 claims: **1** holds,")
         assert text.endswith("<!-- findings: end -->\nb\n")
         assert (
-            f"| soft labels help | [somebody](https://example.org) | +40.00 ± 0.00 points (n = 3) | {verdict} |" in text
+            f"| soft labels help | [somebody](https://example.org) | +40.00 ± 0.00 points (n = 3) | {verdict} |"
+            in text.replace("\N{NO-BREAK SPACE}", " ")
         )
         assert "## [01 Chapter 01](01_tiny.ipynb)" in text
         assert "Profile full (any) on CPU, 2026-01-31: 6 measurements, 5 min in all." in text
