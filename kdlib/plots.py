@@ -162,9 +162,8 @@ def lines(
         if len(values) > 1:
             spread = values.std(0, ddof=1)
             ax.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
-    for number, (name, position) in enumerate(
-        (marks or {}).items()
-    ):  # each name lower than the last: lines may be close
+    for number, (name, position) in enumerate((marks or {}).items()):
+        # each name is lower than the last, since two lines may be close
         ax.axvline(position, color="#555555", linewidth=0.8, linestyle=":")
         ax.annotate(name, (position, 1), xycoords=("data", "axes fraction"), xytext=(3, -10 - 11 * number),
                     textcoords="offset points", fontsize=8, color="#555555")  # fmt: skip
