@@ -3,7 +3,9 @@
 Everything that runs or writes does so in a copy of the book, with folders of its own, as a user would: in a process.
 """
 
+import ast
 import base64
+import builtins
 import copy
 import hashlib
 import importlib.util
@@ -151,6 +153,31 @@ def test_sections(path):
     assert len(exercises) == 2
     assert 2 <= exercises[1].count("<details>") <= 4
     assert exercises[1].count("<details>") == exercises[1].count("</details>") == exercises[1].count("<summary>")
+
+
+def names(code: str) -> tuple[set[str], set[str]]:
+    """The names that code binds, anywhere in it, and those that it reads."""
+    nodes = list(ast.walk(ast.parse(code.replace("%pip", "pass  # %pip"))))
+    bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    bound |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    bound |= {(n.asname or n.name).partition(".")[0] for n in nodes if isinstance(n, ast.alias)}
+    return bound, {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+
+
+@every_chapter
+def test_a_solution_uses_only_what_its_notebook_has(path):
+    notebook = nbformat.read(path, 4)
+    there = set(dir(builtins))
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            there |= names(cell.source)[0]
+    solutions = re.findall(r"```python\n(.*?)```", notebook.cells[-1].source, re.DOTALL)
+    assert solutions
+    for solution in solutions:
+        bound, read = names(solution)
+        there |= bound  # a later solution may build on an earlier one
+        assert read <= there, f"{sorted(read - there)} are nowhere in {path.name}"
 
 
 @every_chapter
