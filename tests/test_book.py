@@ -848,7 +848,7 @@ def test_publishing_measurements_writes_the_page_of_verdicts(tiny):
         ]
         workshop(tiny).fill_findings({**about, "profile": profile, "rows": rows})
         text = (tiny / "book" / "what_we_found.md").read_text(encoding="utf-8")
-        assert text.startswith("a\n<!-- findings: begin -->\n\nOf 1 claims: **1** holds,")
+        assert text.startswith("a\n<!-- findings: begin -->\n\nOf 1 claims **1** hold,")
         assert text.endswith("<!-- findings: end -->\nb\n")
         assert (
             f"| soft labels help | [somebody](https://example.org) | +40.00 ± 0.00 points (n = 3) | {verdict} |"

@@ -574,11 +574,9 @@ def shown_findings() -> str:
             f"Profile {found['profile']} ({found['dataset']}) on {devices}, {found['date']}: {len(found['rows'])} "
             f"measurements, {duration(experiments.cost(found))} in all.\n"
         )
-    counted = ", ".join(
-        f"**{verdicts.count(verdict)}** {verdict}"
-        for verdict in (experiments.HOLDS, experiments.PARTLY, experiments.NOT_SEEN)
-    )
-    total = f"Of {len(verdicts)} claims: {counted}. Written by `make publish` from the files in `book/published/`."
+    plural = {experiments.HOLDS: "hold", experiments.PARTLY: "hold partly", experiments.NOT_SEEN: "were not seen here"}
+    counted = ", ".join(f"**{verdicts.count(verdict)}** {words}" for verdict, words in plural.items())
+    total = f"Of {len(verdicts)} claims {counted}. Written by `make publish` from the files in `book/published/`."
     return "\n" + "\n".join([total + "\n", *sections]) + "\n"
 
 
