@@ -147,6 +147,10 @@ class Experiment:
         Returns:
             ``case -> rows``, a row a seed. A student whose training diverged says the same of every class; it has 1
             for "diverged", the others 0.
+
+        Raises:
+            ValueError: a recipe or an objective does not fit the data.
+            TypeError: an objective does not describe itself, so that nothing could tell its rows from another's.
         """
         measured = {"measured on": {split: images.fingerprint for split, images in measured_on.items()}}
         measured |= {"agreement with": teacher.fingerprint} if teacher else {}
@@ -182,6 +186,16 @@ class Experiment:
 
         All get the same list. Where the best rate is the first or the last of it, the search goes on beyond that end
         by the same factor, up to `beyond` times.
+
+        Args:
+            lessons: ``name -> lesson``; the learning rates of their recipes are not looked at.
+            rates: tried first, in ascending order.
+            seeds: to train with, none of those that are reported.
+            validation: the images that judge.
+            side_by_side: as for :meth:`train`.
+
+        Returns:
+            ``name -> rate -> accuracy``, fractions of 1.
         """
         found: dict[str, dict[float, float]] = {name: {} for name in lessons}
         todo = dict.fromkeys(lessons, tuple(rates))
@@ -309,8 +323,9 @@ def difference(found: Mapping, measure: str, case: str, than: str | float) -> tu
 
     Paired by the seed, and, where the rows know which images were answered rightly, by the image. The interval then
     allows for both kinds of luck: other seeds (Student's t over the seeds' differences) and other images of the same
-    kind (normal, over the images' differences, each averaged over the seeds). The two are independent, so their widths
-    add up as squares do. Without such rows it is over the seeds alone. With a single seed it is unbounded.
+    kind (normal, over the images' differences, each averaged over the seeds). Their widths add up as squares do, which
+    errs on the wide side: the second still holds some of the seeds' luck. Without such rows it is over the seeds alone.
+    With a single seed it is unbounded.
     """
     first = values(found, case, measure)
     second = values(found, than, measure) if isinstance(than, str) else dict.fromkeys(first, than)

@@ -273,15 +273,16 @@ def test_the_interval_allows_for_the_choice_of_the_images(tmp_path):
 
 def test_the_luck_of_seeds_and_of_images_adds_up_as_squares(tmp_path):
     rng, experiment = np.random.default_rng(0), Experiment(tmp_path / "x.json")
-    for case, share in {"hard": 0.5, "soft": 0.6}.items():
-        right = iter(rng.random((3, 300)) < share)
-        experiment.measure(case, range(3), lambda seed, right=right: {"accuracy": next(right)}, made_from={"p": share})
+    right = {case: rng.random((3, 300)) < share for case, share in {"hard": 0.5, "soft": 0.6}.items()}
+    for case, of_case in right.items():
+        experiment.measure(case, range(3), lambda seed, of_case=of_case: {"accuracy": of_case[seed]}, made_from={})
     found = experiment.finish()
     half = difference(found, "accuracy", "soft", "hard")[1]
     for row in found["rows"]:
-        images = row.pop("by image")
-        row["of"] = images["accuracy"]["images"]
+        del row["by image"]
     seeds_only = difference(found, "accuracy", "soft", "hard")[1]
+    by_image = right["soft"].mean(0) - right["hard"].mean(0)
+    assert half == pytest.approx(np.hypot(seeds_only, 1.959964 * by_image.std(ddof=1) / np.sqrt(300)))
     assert seeds_only < half < np.hypot(seeds_only, 0.1)
 
 
