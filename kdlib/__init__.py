@@ -1,33 +1,47 @@
-"""kdlib: the code that the chapters of *Knowledge Distillation, Measured* share.
+"""kdlib: the code that the chapters of *Knowledge Distillation, Measured* share. Read it in this order:
 
-data         data sets, splits and views             soft_labels  the teacher's answers, saved or live
-models       the networks, and running them          evaluate     accuracy, calibration, agreement, latency
+data         images, views, batches, augmentation    soft_labels  the teacher's logits, saved or live
+datasets     where images come from                  profiles     quick and full: data set, networks, recipes
+models       the networks                            published    what the repository holds, without a teacher
 losses       the distillation loss                   plots        every figure and table of the book
-train        one loop for everybody                  profiles     quick and full: data set, networks, recipes
-fused        batch norm and ReLU in one operation  experiments  measurements that resume, claims that they decide
-artefacts    saving, and using again only what fits
+evaluate     logits, accuracy, calibration, latency
+train        one loop for everybody
+
+records/ saves what was computed and uses it again only if it is what is wanted; gpu/ makes it fast, and changes no
+result beyond rounding; lab/ is part two's bench, which nothing here needs.
 """
 
-from kdlib.data import load_data
-from kdlib.losses import CrossEntropy, Distillation, distillation_loss
-from kdlib.models import build, count_parameters, predict_logits
-from kdlib.profiles import resolve
-from kdlib.soft_labels import LiveTeacher, SoftLabels, load_or_generate, load_published
+from kdlib.datasets import load_data
+from kdlib.evaluate import predict_logits
+from kdlib.losses import distillation_loss, distillation_terms
+from kdlib.models import build, count_parameters
+from kdlib.profiles import notebook_settings, resolve
+from kdlib.published import Network, load_published, load_student, load_teacher, measured
+from kdlib.soft_labels import LiveTeacher, SoftLabels, generate, load_or_generate
 from kdlib.train import Recipe, load_or_train, train
 
+# Raised by hand if a change alters what a GPU computes; pages published under another number are stale.
+NUMERICS = 1
+
 __all__ = [
-    "CrossEntropy",
-    "Distillation",
+    "NUMERICS",
     "LiveTeacher",
+    "Network",
     "Recipe",
     "SoftLabels",
     "build",
     "count_parameters",
     "distillation_loss",
+    "distillation_terms",
+    "generate",
     "load_data",
     "load_or_generate",
     "load_or_train",
     "load_published",
+    "load_student",
+    "load_teacher",
+    "measured",
+    "notebook_settings",
     "predict_logits",
     "resolve",
     "train",

@@ -1,30 +1,21 @@
-"""Data sets, their splits, and the views in which a network sees an image.
+"""Images, the views in which a network sees them, the batches of an epoch, and augmentation.
 
-A data set is kept as one file, ``<KDLIB_DATA>/<name>.npz``, in canonical order: each split is sorted by the SHA-256 of
-its images' bytes, so that index i is the same image for everybody, and a published soft label fits.
+Where the images come from is in :mod:`kdlib.datasets`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kdlib.artefacts import written_whole
-
-ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
-GATHERED = 100  # batches whose pixels are gathered at once: 157 MB of CIFAR-10 in batches of 512
-VALIDATION = 2_500  # images held out of a training set; a tenth of a small one
+BATCHES_AT_ONCE = 100  # batches whose pixels are gathered by one operation: 157 MB of CIFAR-10 in batches of 512
 
 
 class Batch(NamedTuple):
@@ -33,7 +24,7 @@ class Batch(NamedTuple):
     images: Tensor  # (B, C, H, W) float, normalised
     labels: Tensor  # (B,) class indices, or (B, C) probabilities after mixup
     indices: Tensor  # (B,) which images of the set
-    views: Tensor | None  # (B,) which view of each; None where cutout or mixup made images that no view has
+    views: Tensor | None  # (B,) which view of each image; None after cutout or mixup, whose images are no plain views
 
 
 @dataclass(frozen=True)
@@ -47,7 +38,7 @@ class ImageSet:
     mean: tuple[float, ...]  # (C,) of the training images, on a scale from 0 to 1
     std: tuple[float, ...]  # (C,) likewise
     padding: int = 0  # pixels of black around an image, from which a view is cropped
-    flip: bool = False  # whether a view may be mirrored: only where a mirrored image keeps its class
+    flip: bool = False  # whether a view may be mirrored: only if a mirrored image keeps its class
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,12 +51,35 @@ class ImageSet:
     def channels(self) -> int:
         return self.images.shape[3]
 
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of the SHA-256 of the content: images, labels, classes, views and scale.
+
+        It is computed once, and again after the images or labels were changed in place.
+        """
+        version = self.images._version, self.labels._version
+        if self.__dict__.get("_fingerprint", (None,))[0] != version:
+            self.__dict__["_fingerprint"] = version, self._content()
+        return self.__dict__["_fingerprint"][1]
+
+    def _content(self) -> str:
+        digest = hashlib.sha256(self.images.cpu().contiguous().numpy())
+        digest.update(self.labels.cpu().contiguous().numpy())
+        settings = (tuple(self.images.shape), self.class_names, self.padding, self.flip, self.mean, self.std)
+        digest.update(repr(settings).encode())
+        return digest.hexdigest()[:16]
+
+    @property
+    def identity(self) -> str:
+        """Name and fingerprint, as records have them: ``cifar10/train 5e271ce6b90ff750``."""
+        return f"{self.name} {self.fingerprint}"
+
     @cached_property
     def view_table(self) -> Tensor:
         """Every view as (row offset, column offset, mirrored): ((2 * padding + 1)**2 * (1 + flip), 3) int64.
 
-        View 0 is the clean image; the others follow in a shuffled order that is the same for everybody, so that the
-        first V of them are a fair sample of all, and V = 4 is part of V = 16.
+        View 0 is the clean image. The others follow in a shuffled order that is always the same, so that the first V
+        views are a fair sample of all, and V = 4 is part of V = 16.
         """
         offsets = range(-self.padding, self.padding + 1)
         table = [(dy, dx, mirrored) for mirrored in range(1 + self.flip) for dy in offsets for dx in offsets]
@@ -73,12 +87,35 @@ class ImageSet:
         others = np.random.RandomState(0).permutation([i for i in range(len(table)) if i != clean])
         return torch.tensor([table[i] for i in [clean, *others]], device=self.labels.device)
 
+    def resolve_views(self, views: int | None) -> int:
+        """How many views `views` means: itself, or for None all there are.
+
+        Raises:
+            ValueError: fewer than 1, or more than there are.
+        """
+        most = len(self.view_table)
+        if views is None:
+            return most
+        if not 1 <= views <= most:
+            limit = f"at most {most}, which is" if views > most else f"at least 1 (the clean image); {most} are"
+            raise ValueError(
+                f"views is {views}: expected {limit} all that {self.name} has with {self.padding} pixels of padding "
+                f"and flip={self.flip}, or None for all"
+            )
+        return views
+
+    @property
+    def example(self) -> Tensor:
+        """The first image in its clean view, normalised: (1, C, H, W)."""
+        first = torch.zeros(1, dtype=torch.int64, device=self.labels.device)
+        return self.batch(first, first)
+
     def batch(self, indices: Tensor, views: Tensor) -> Tensor:
-        """Those images in those views, normalised: (B, C, H, W) float32, channels last in memory."""
+        """The images at `indices` (B,) in those `views` (B,), normalised: (B, C, H, W), channels last in memory."""
         return self.normalize(self.pixels(indices, views).permute(0, 3, 1, 2))
 
     def pixels(self, indices: Tensor, views: Tensor) -> Tensor:
-        """Those images in those views: (B, H, W, C) uint8."""
+        """The images at `indices` (B,) in those `views` (B,): (B, H, W, C) uint8."""
         height, width = self.images.shape[1:3]
         dy, dx, mirrored = self.view_table[views].unbind(1)
         rows = self.padding + dy[:, None] + torch.arange(height, device=views.device)  # (B, H)
@@ -88,7 +125,10 @@ class ImageSet:
         return self._padded[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) uint8 to float32 of mean 0 and standard deviation 1, as the training set has them."""
+        """Scale (B, C, H, W) uint8 so that the training images have mean 0 and standard deviation 1 per channel.
+
+        The result is of PyTorch's default dtype at the first call (float32 unless it was changed).
+        """
         scale, shift = self._scale_shift
         return pixels * scale + shift
 
@@ -96,19 +136,11 @@ class ImageSet:
         """The same set in the memory of `device`."""
         images, labels = self.images.to(device), self.labels.to(device)
         if images is self.images and labels is self.labels:
-            return self  # with what it has computed of itself
+            return self  # with its cached properties
         moved = replace(self, images=images, labels=labels)
-        moved.__dict__["fingerprint"] = self.fingerprint  # so that it is computed once, on the CPU
+        # so that it is computed once, on the CPU
+        moved.__dict__["_fingerprint"] = (images._version, labels._version), self.fingerprint
         return moved
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits of the SHA-256 of the content: images, labels, classes, views and scale."""
-        digest = hashlib.sha256(self.images.cpu().contiguous().numpy())
-        digest.update(self.labels.cpu().contiguous().numpy())
-        described = (tuple(self.images.shape), self.class_names, self.padding, self.flip, self.mean, self.std)
-        digest.update(repr(described).encode())
-        return digest.hexdigest()[:16]
 
     @cached_property
     def _padded(self) -> Tensor:
@@ -121,99 +153,56 @@ class ImageSet:
         return 1 / (255 * std), -mean / std
 
 
+class Targets:
+    """The teacher's logits for the images of a batch: what a student learns from beside the labels, or without them.
+
+    kdlib has two kinds (:mod:`kdlib.soft_labels`). Any other callable from a batch to (B, C) logits can be given to
+    :func:`kdlib.train` as well, but nothing checks it, and what comes of it cannot be saved under a name.
+    """
+
+    identity: dict  # what they are, by content
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The teacher's logits (B, C), without gradients."""
+        raise NotImplementedError
+
+    def check(self, data: ImageSet, recipe: object) -> None:
+        """Raise ValueError if these targets do not fit the images or the recipe; called before the first step."""
+
+    def to(self, device: torch.device | str) -> Targets:
+        """The same targets in the memory of `device`."""
+        raise NotImplementedError
+
+
 class Data(NamedTuple):
-    """A data set in its three splits. Choices are made on `validation`; `test` is for the figures reported."""
+    """A data set in its three splits. Choices are made on `validation`; `test` is for the reported figures."""
 
     train: ImageSet
     validation: ImageSet
     test: ImageSet
 
 
-def data_folder() -> Path:
-    """``$KDLIB_DATA``, or a folder in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("KDLIB_DATA") or cache / "kdlib").expanduser()
+def mean_and_std(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of (N, H, W, C) uint8, on a scale from 0 to 1, to six digits.
 
-
-def load_data(name: str | os.PathLike, *, limit: int | None = None) -> Data:
-    """A data set, split into training, validation and test images.
-
-    Args:
-        name: one of ``DATA_SETS``; or the path of an ``.npz`` file, or of a folder of images with
-            ``train/<class>/*`` and ``test/<class>/*``.
-        limit: at most so many images in each split, evenly from every class.
-
-    The validation images are the last of each class in canonical order: 2,500 in all, 1,147 of the digits, and
-    of your own set a tenth where that is fewer. They are chosen before `limit` is applied: no run ever trains on one.
-
-    Raises:
-        ValueError: an unknown name, a limit below the number of classes, or a file that does not hold a data set.
-        FileNotFoundError: a set that is neither there nor to be had.
+    They come from a histogram of the bytes, which needs no floating-point copy of the images.
     """
-    label = str(name)
-    if label in DATA_SETS:
-        padding, flip, validation, _ = DATA_SETS[label]
-        arrays = _stored(label)
-    else:
-        path = Path(name).expanduser()
-        label = path.stem
-        if path.suffix == ".npz":
-            arrays = read_npz(path)
-        elif path.is_dir():
-            arrays = read_image_folder(path)
-        elif path.suffix or path.parent != Path("."):
-            wrong = "neither an .npz file nor a folder" if path.exists() else "no such file or folder"
-            raise FileNotFoundError(
-                f"data set {str(name)!r}: {wrong}; expected one of {', '.join(DATA_SETS)}, or the path of an .npz "
-                "file or of a folder of images"
-            )
-        else:
-            raise ValueError(
-                f"data set {label!r} is unknown: expected one of {', '.join(DATA_SETS)}, the path of an .npz file, "
-                "or the path of a folder with train/<class>/ and test/<class>/"
-            )
-        # safe for any set; ask for more in ImageSet
-        padding, flip, validation = arrays["train_images"].shape[1] // 8, False, None
-    names = tuple(str(n) for n in arrays["class_names"])
-    train_labels, test_labels = arrays["train_labels"], arrays["test_labels"]
-    if validation is None or validation >= len(train_labels):  # the reader's own set, or a part of a known one
-        validation = min(VALIDATION, len(train_labels) // 10)
-    held_out = _evenly(train_labels[::-1], validation, len(names))
-    held_out = np.sort(len(train_labels) - 1 - held_out)
-    kept = np.setdiff1d(np.arange(len(train_labels)), held_out)
-    rows = {"train": kept, "validation": held_out, "test": np.arange(len(test_labels))}
-    if limit is not None:
-        if limit < len(names):
-            raise ValueError(f"limit is {limit}: expected at least {len(names)}, one image a class of {label}")
-        labels = {"train": train_labels, "validation": train_labels, "test": test_labels}
-        rows = {s: r[_evenly(labels[s][r], limit, len(names))] if len(r) > limit else r for s, r in rows.items()}
-    pixels = arrays["train_images"][rows["train"]].reshape(-1, arrays["train_images"].shape[3]) / np.float32(255)
-    mean, std = pixels.mean(0, dtype=np.float64), pixels.std(0, dtype=np.float64)
-    std[std == 0] = 1  # a channel that never varies
-    splits = []
-    for split, chosen in rows.items():
-        source = "test" if split == "test" else "train"
-        splits.append(
-            ImageSet(
-                name=f"{label}/{split}",
-                images=torch.from_numpy(arrays[f"{source}_images"][chosen]),
-                labels=torch.from_numpy(arrays[f"{source}_labels"][chosen]),
-                class_names=names,
-                mean=tuple(round(float(m), 6) for m in mean),
-                std=tuple(round(float(s), 6) for s in std),
-                padding=padding,
-                flip=flip,
-            )
-        )
-    return Data(*splits)
+    # quotients in float32, as the fingerprints of published data sets have them
+    values = (np.arange(256, dtype=np.uint8) / np.float32(255)).astype(np.float64)
+    mean, std = [], []
+    for channel in range(images.shape[3]):
+        # image by image, since bincount copies what it counts to int64
+        counts = sum(np.bincount(image[..., channel].ravel(), minlength=256) for image in images)
+        centre = counts @ values / counts.sum()
+        spread = np.sqrt(counts @ (values - centre) ** 2 / counts.sum())
+        mean.append(round(float(centre), 6))
+        std.append(round(float(spread), 6) or 1.0)  # 1 for a channel that never varies
+    return tuple(mean), tuple(std)
 
 
-def _evenly(labels: np.ndarray, count: int, classes: int) -> np.ndarray:
-    """The first rows of each class, `count` in all, as evenly as the classes allow; in ascending order."""
-    by_class = [np.flatnonzero(labels == c) for c in range(classes)]
-    rounds = np.concatenate([np.arange(len(rows)) for rows in by_class])  # a row's rank within its class
-    order = np.lexsort((np.concatenate(by_class), rounds))
-    return np.sort(np.concatenate(by_class)[order[:count]])
+def steps_per_epoch(data: ImageSet, batch_size: int) -> int:
+    """How many batches :func:`batches` yields."""
+    return len(data) // min(batch_size, len(data))
 
 
 def batches(
@@ -221,24 +210,24 @@ def batches(
 ) -> Iterator[Batch]:
     """One epoch: every image once, shuffled, each in a view drawn from the first `views` of the view table.
 
-    The images left over after the last full batch wait for the next epoch's shuffle, so that all batches are of one
-    size. A set smaller than a batch is one batch.
+    All batches have one size: images left over after the last full batch wait for the next epoch's shuffle. A set
+    smaller than a batch is one batch.
     """
-    indices, chosen = draw_epoch(data, batch_size, views=views, generator=generator)
-    # many batches are gathered at once, since the starting of operations costs more than these operations themselves
-    for part in zip(indices.split(GATHERED), chosen.split(GATHERED), strict=True):
-        gathered = data.pixels(*(x.flatten() for x in part)).unflatten(0, part[0].shape).permute(0, 1, 4, 2, 3)
-        for pixels, these, in_views in zip(gathered, *part, strict=True):
-            yield Batch(data.normalize(pixels), data.labels[these], these, in_views)
+    epoch = draw_epoch(data, batch_size, views=views, generator=generator)
+    # one operation gathers many batches, since launching an operation costs more than the work it does for one batch
+    for indices, drawn in zip(*(x.split(BATCHES_AT_ONCE) for x in epoch), strict=True):
+        pixels = data.pixels(indices.flatten(), drawn.flatten()).unflatten(0, indices.shape).permute(0, 1, 4, 2, 3)
+        for batch_pixels, batch_indices, batch_views in zip(pixels, indices, drawn, strict=True):
+            yield Batch(data.normalize(batch_pixels), data.labels[batch_indices], batch_indices, batch_views)
 
 
 def draw_epoch(
     data: ImageSet, batch_size: int, *, views: int | None = None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Which images, and in which views, the batches of one epoch hold: two (steps, B) tensors of int64."""
+    """The indices, and the views, that the batches of one epoch hold: two (steps, B) tensors of int64."""
     device = data.labels.device
     order = torch.randperm(len(data), generator=generator, device=device)
-    drawn = torch.randint(views or len(data.view_table), (len(data),), generator=generator, device=device)
+    drawn = torch.randint(data.resolve_views(views), (len(data),), generator=generator, device=device)
     shape = steps_per_epoch(data, batch_size), min(batch_size, len(data))
     return tuple(x[: shape[0] * shape[1]].view(shape) for x in (order, drawn))
 
@@ -260,195 +249,15 @@ def cutout(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
 def mixup(batch: Batch, strength: float, classes: int, generator: torch.Generator) -> Batch:
     """Each image blended with another of the batch, and the labels with it (Zhang et al., arXiv 1710.09412).
 
-    One share for the batch, drawn from Beta(strength, strength); 1 makes every share equally likely.
+    One share for the whole batch, drawn from Beta(strength, strength); strength 1 makes every share equally likely.
+    The labels become probabilities (B, classes); the views become None.
     """
-    device = batch.images.device
-    # Beta(a, a) as G/(G + G') of two gamma variables, since torch's own Beta takes no generator
-    concentration = torch.full((2,), float(strength), device=device)
+    device, dtype = batch.images.device, batch.images.dtype
+    # Beta(a, a) as G/(G + G') of two gamma variables, since PyTorch's own Beta takes no generator
+    concentration = torch.full((2,), float(strength), device=device, dtype=dtype)
     first, second = torch._standard_gamma(concentration, generator=generator)
     share = first / (first + second)
     other = torch.randperm(len(batch.images), generator=generator, device=device)
-    labels = torch.nn.functional.one_hot(batch.labels, classes).to(batch.images.dtype)
+    labels = torch.nn.functional.one_hot(batch.labels, classes).to(dtype)
     images = share * batch.images + (1 - share) * batch.images[other]
     return Batch(images, share * labels + (1 - share) * labels[other], batch.indices, None)
-
-
-# --- where data sets come from -------------------------------------------------------------------------------------
-
-
-def _digits(_: Path) -> dict[str, np.ndarray]:
-    """The 1,797 handwritten digits that come with scikit-learn, 8x8 pixels, 16 shades; 500 of them for the test."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    whole = in_canonical_order(images, digits.target.astype(np.int64))
-    test = _evenly(whole[1], 500, 10)
-    train = np.setdiff1d(np.arange(len(images)), test)
-    names = np.array([str(d) for d in range(10)])
-    return _arrays(whole[0][train], whole[1][train], whole[0][test], whole[1][test], names)
-
-
-def _torchvision(dataset: str) -> Callable[[Path], dict[str, np.ndarray]]:
-    def load(folder: Path) -> dict[str, np.ndarray]:
-        import torchvision
-
-        kind = getattr(torchvision.datasets, dataset)
-        train, test = (kind(folder / "downloads", train=split, download=True) for split in (True, False))
-        parts = []
-        for part in (train, test):
-            images = np.asarray(part.data)
-            parts += [images if images.ndim == 4 else images[..., None], np.asarray(part.targets, np.int64)]
-        return _arrays(*parts, np.array([name.split(" - ")[0] for name in train.classes]))  # MNIST's "3 - three"
-
-    return load
-
-
-DATA_SETS: dict[str, tuple[int, bool, int, Callable[[Path], dict[str, np.ndarray]]]] = {
-    # name: (padding in pixels, whether a mirrored image keeps its class, validation images, where it comes from)
-    # Of the digits, 150 are for training: the fewer, the further a student alone falls behind its teacher, and the
-    # clearer it shows what distillation adds. The others make the choices, which a tenth of so small a set could not.
-    "digits": (1, False, 1147, _digits),
-    "cifar10": (4, True, VALIDATION, _torchvision("CIFAR10")),
-    "cifar100": (4, True, VALIDATION, _torchvision("CIFAR100")),
-    "mnist": (2, False, VALIDATION, _torchvision("MNIST")),
-    "fashion_mnist": (2, True, VALIDATION, _torchvision("FashionMNIST")),
-}
-
-
-def _stored(name: str) -> dict[str, np.ndarray]:
-    """A known data set from its file, which is made, once, where it is not there."""
-    if name == "digits":
-        return _digits(data_folder())  # it comes with scikit-learn: nothing to download, nothing to keep
-    path = data_folder() / f"{name}.npz"
-    if path.exists():
-        return read_npz(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = DATA_SETS[name][3](path.parent)
-    except (OSError, RuntimeError) as error:  # torchvision says RuntimeError where no mirror answers
-        raise FileNotFoundError(
-            f"data set {name!r}: {path} is not there, and downloading it failed ({error}). Either let this machine "
-            f"reach the network once, or put the file there from another machine, or set KDLIB_DATA to the folder "
-            f"that holds {name}.npz"
-        ) from error
-    with written_whole(path) as partial:
-        np.savez(partial, **arrays)
-    return arrays
-
-
-def in_canonical_order(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, H, W, C) and labels (N,), sorted by the SHA-256 of each image's bytes, then by label."""
-    keys = [(hashlib.sha256(image.tobytes()).digest(), int(label)) for image, label in zip(images, labels, strict=True)]
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    return images[order], labels[order]
-
-
-def _arrays(train_images, train_labels, test_images, test_labels, class_names) -> dict[str, np.ndarray]:
-    train_images, train_labels = in_canonical_order(train_images, train_labels)
-    test_images, test_labels = in_canonical_order(test_images, test_labels)
-    return dict(zip(ARRAYS, (train_images, train_labels, test_images, test_labels, class_names), strict=True))
-
-
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a data set's file, checked; in canonical order.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is damaged, holds Python objects, or whose arrays are not those of a data set.
-    """
-    if not path.exists():
-        known = ", ".join(DATA_SETS)
-        raise FileNotFoundError(f"data set file {path} is not there: check the path, or name one of {known}")
-    try:
-        with open(path, "rb") as file:  # np.load leaves a damaged file open
-            stored = np.load(file, allow_pickle=False)
-            if isinstance(stored, np.ndarray):
-                raise ValueError("it is a single array")
-            missing = [name for name in ARRAYS if name not in stored.files]
-            if missing:
-                raise ValueError(f"it has no {', '.join(missing)}")
-            arrays = {name: stored[name] for name in ARRAYS}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path} is not a data set ({error}): expected an .npz file with the arrays {', '.join(ARRAYS)}, none of "
-            "them of Python objects; if it was cut off, delete it and let it be made again"
-        ) from error
-    _check_arrays(arrays, path)
-    return _arrays(*(arrays[name] for name in ARRAYS))
-
-
-def _check_arrays(arrays: dict[str, np.ndarray], source: Path) -> None:
-    def wrong(name: str, expected: str) -> ValueError:
-        found = f"{arrays[name].dtype} {arrays[name].shape}"
-        return ValueError(f"{source}: {name} is {found}, expected {expected}; save the file again with it so")
-
-    if arrays["class_names"].ndim != 1 or arrays["class_names"].dtype.kind != "U" or not arrays["class_names"].size:
-        raise wrong("class_names", "str (K,), a name a class")
-    classes = len(arrays["class_names"])
-    shape = arrays["train_images"].shape[1:]
-    for split in ("train", "test"):
-        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        if images.dtype != np.uint8 or images.ndim != 4 or not images.size or images.shape[1:] != shape:
-            raise wrong(f"{split}_images", "uint8 (N, H, W, C), not empty, one image size for training and test")
-        if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
-            raise wrong(f"{split}_labels", f"int64 ({len(images)},), a label an image")
-        if labels.min() < 0 or labels.max() >= classes:
-            raise ValueError(
-                f"{source}: {split}_labels run from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}: "
-                f"there are {classes} class names; number the classes from 0, or name them all in class_names"
-            )
-
-
-def read_image_folder(path: Path) -> dict[str, np.ndarray]:
-    """A folder with ``train/<class>/*`` and ``test/<class>/*``, images all of one size, as a data set's arrays.
-
-    Raises:
-        ValueError: a missing split, classes that differ between the splits, a class without images, or an image of
-            another size.
-    """
-    import torchvision
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    parts, names = [], None
-    for split in ("train", "test"):
-        folder = path / split
-        found = sorted(f.name for f in folder.iterdir() if f.is_dir()) if folder.is_dir() else []
-        if not found:
-            raise ValueError(
-                f"{path}: no class folders in {folder}, expected train/<class>/ and test/<class>/: move the images"
-            )
-        names = names or found
-        if found != names:
-            odd = sorted(set(found) ^ set(names))
-            raise ValueError(
-                f"{path}: class {odd[0]!r} is in one of train and test only, expected the same in both; add the "
-                "missing folder, or remove the other"
-            )
-        for name in names:
-            if not any(f.suffix.lower() in IMG_EXTENSIONS for f in (folder / name).rglob("*")):
-                raise ValueError(
-                    f"{folder / name} holds no image: remove the folder or add some ({', '.join(IMG_EXTENSIONS)})"
-                )
-        samples = torchvision.datasets.ImageFolder(folder)
-        images, labels = [], []
-        for file, label in samples.samples:
-            try:
-                pixels = np.asarray(samples.loader(file))  # (H, W, 3): the loader converts to RGB
-            except (OSError, SyntaxError) as error:  # what PIL says of a damaged file
-                raise ValueError(f"{file} is not an image that can be read ({error}): replace or remove it") from error
-            size = images[0].shape if images else parts[0].shape[1:] if parts else pixels.shape
-            if pixels.shape != size:
-                raise ValueError(
-                    f"{file} is {pixels.shape[1]}x{pixels.shape[0]}, expected {size[1]}x{size[0]} like the others: "
-                    "resize all images to one size first"
-                )
-            images.append(pixels)
-            labels.append(label)
-        parts += [np.stack(images), np.array(labels, np.int64)]
-    return _arrays(*parts, np.array(names))
-
-
-def steps_per_epoch(data: ImageSet, batch_size: int) -> int:
-    """How many batches :func:`batches` yields."""
-    return len(data) // min(batch_size, len(data))

@@ -1,4 +1,4 @@
-"""Measuring: accuracy, likelihood, calibration, agreement, intervals, latency, and the table of results."""
+"""Measuring: logits, accuracy, likelihood, calibration, agreement, intervals, latency, and the table of results."""
 
 from __future__ import annotations
 
@@ -16,19 +16,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdlib import artefacts
-from kdlib.models import count_parameters, mixed_precision, pick_device, predict_logits
+from kdlib import gpu
+from kdlib.data import ImageSet
+from kdlib.losses import at_least_float32
+from kdlib.records import artefacts
 
 BINS = 15  # of confidence, for calibration
 ROLES = ("teacher", "student", "distilled")
 
 
+@torch.no_grad()
+def predict_logits(
+    model: nn.Module,
+    data: ImageSet,
+    *,
+    view: int = 0,
+    batch_size: int = 512,
+    device: str | torch.device | None = None,
+) -> Tensor:
+    """The network's logits for every image of `data`, in order: (N, C) on the CPU, in float32.
+
+    The network runs in eval mode, so that its logits for an image do not depend on which images share the batch, and is
+    left in the mode in which it came. In float64 only if the network is.
+
+    Args:
+        model: moved to `device`.
+        view: which view of the images (see ``ImageSet.view_table``); 0 is the clean image.
+        batch_size: images at once; changes the speed only.
+    """
+    device = gpu.pick_device(device)
+    was_training = model.training
+    data = data.to(device)
+    order, logits = torch.arange(len(data), device=device), []
+    if device.type == "cuda" and len(data) > batch_size:
+        order = F.pad(order, (0, -len(data) % batch_size))  # all batches of one size, so that cuDNN tries only once
+    try:
+        layout = gpu.place(model.eval(), device, data.example)
+        with gpu.tuned_convolutions(device), gpu.mixed_precision(device):
+            for indices in order.split(batch_size):
+                images = data.batch(indices, torch.full_like(indices, view))
+                logits.append(at_least_float32(model(gpu.lay_out(images, layout))))
+    finally:
+        model.train(was_training)
+    return torch.cat(logits)[: len(data)].cpu()
+
+
 @dataclass(frozen=True)
 class Scores:
-    """How good a network's answers are."""
+    """How good a network's predictions are."""
 
     accuracy: float  # fraction of 1
-    nll: float  # negative log-likelihood of the labels, nats an image
+    nll: float  # negative log-likelihood of the labels, nats per image
     ece: float  # expected calibration error, fraction of 1
 
 
@@ -39,37 +77,37 @@ def scores(logits: Tensor, labels: Tensor) -> Scores:
     return Scores(correct.mean().item(), nll.item(), calibration_error(logits, labels))
 
 
-def evaluate(model: nn.Module, data, *, device: str | torch.device | None = None) -> Scores:
+def evaluate(model: nn.Module, data: ImageSet, *, device: str | torch.device | None = None) -> Scores:
     """The scores of a network on every image of `data`, each in its clean view."""
     return scores(predict_logits(model, data, device=device), data.labels.cpu())
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a network says of its own certainty, and what comes true, in bins of equal width over the confidence."""
+    """A network's confidence and its observed accuracy, in bins of equal width over the confidence."""
 
-    confidence: np.ndarray  # (bins,) mean of the largest probability; nan where a bin is empty
-    accuracy: np.ndarray  # (bins,) how many of those answers are right; nan likewise
+    confidence: np.ndarray  # (bins,) mean of the largest probability; nan for an empty bin
+    accuracy: np.ndarray  # (bins,) share of correct predictions; nan for an empty bin
     count: np.ndarray  # (bins,) images
 
 
 def calibration(logits: Tensor, labels: Tensor, bins: int = BINS) -> Calibration:
-    """The reliability diagram's numbers (Guo et al., arXiv 1706.04599, section 2)."""
-    confidence, answer = logits.double().softmax(1).max(1)
-    correct = (answer == labels).double().numpy()
-    place = np.clip(np.ceil(confidence.numpy() * bins).astype(int) - 1, 0, bins - 1)
-    count = np.bincount(place, minlength=bins)
+    """What a reliability diagram shows (Guo et al., arXiv 1706.04599, section 2), of logits (N, C) and labels (N,)."""
+    confidence, predicted = logits.double().softmax(1).max(1)
+    correct = (predicted == labels).double().numpy()
+    bin_of = np.clip(np.ceil(confidence.numpy() * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
     with np.errstate(invalid="ignore"):
-        mean_confidence = np.bincount(place, confidence.numpy(), bins) / count
-        mean_accuracy = np.bincount(place, correct, bins) / count
+        mean_confidence = np.bincount(bin_of, confidence.numpy(), bins) / count
+        mean_accuracy = np.bincount(bin_of, correct, bins) / count
     return Calibration(mean_confidence, mean_accuracy, count)
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
     """Expected calibration error: the gap between confidence and accuracy, averaged over the images."""
-    found = calibration(logits, labels, bins)
-    gap = np.nan_to_num(np.abs(found.confidence - found.accuracy))
-    return float((gap * found.count).sum() / found.count.sum())
+    binned = calibration(logits, labels, bins)
+    gap = np.nan_to_num(np.abs(binned.confidence - binned.accuracy))
+    return float((gap * binned.count).sum() / binned.count.sum())
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -83,30 +121,30 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def agreement(logits: Tensor, other: Tensor, where: Tensor | None = None) -> float:
-    """Share of images on which two networks give the same answer; of those in the mask `where` (N,), if given."""
+    """Share of images for which two networks predict the same class; of those in the mask `where` (N,), if given."""
     same = logits.argmax(1) == other.argmax(1)
     return same[where].double().mean().item() if where is not None else same.double().mean().item()
 
 
 def paired_interval(better: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Where the mean of per-image differences (N,) lies: a bootstrap interval over the images.
+    """An interval for the mean of per-image differences (N,): a bootstrap over the images.
 
     `better` holds, per test image, how much more often one network was right than the other (averaged over seeds).
-    Resampling the images tells how far the figure would move with another test set, not with other seeds.
+    Resampling the images shows how the figure varies between test sets, not between seeds.
     """
-    found = scipy.stats.bootstrap(
+    bootstrap = scipy.stats.bootstrap(
         (better,), np.mean, confidence_level=level, n_resamples=2000, method="percentile", rng=0, batch=100
     )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(bootstrap.confidence_interval.low), float(bootstrap.confidence_interval.high)
 
 
 def latency(model: nn.Module, image_shape: tuple[int, int, int], batch: int, device: str | torch.device) -> float:
     """Median milliseconds for one batch of images (C, H, W) through the network, warmed up, in eval mode."""
-    device = pick_device(device)
-    model = model.to(device, memory_format=torch.channels_last).eval()
-    images = torch.zeros(batch, *image_shape, device=device).to(memory_format=torch.channels_last)
+    device = gpu.pick_device(device)
+    images = torch.zeros(batch, *image_shape, device=device)
+    images = gpu.lay_out(images, gpu.place(model.eval(), device, images))
     times: list[float] = []
-    with torch.inference_mode(), mixed_precision(device):
+    with torch.inference_mode(), gpu.mixed_precision(device):
         while len(times) < 5 or sum(times[3:]) < 0.15:
             start = time.perf_counter()
             model(images)
@@ -119,38 +157,6 @@ def latency(model: nn.Module, image_shape: tuple[int, int, int], batch: int, dev
 def file_megabytes(path: Path) -> float:
     """The size of a file in megabytes (10**6 bytes)."""
     return path.stat().st_size / 1e6
-
-
-def describe_run(
-    role: str,
-    network: str,
-    model: nn.Module,
-    file: Path,
-    *,
-    seeds: list[int],
-    measured: list[Scores],
-    agreements: list[float],
-    seconds: list[float],
-    device: str,
-    latency_ms: dict[str, dict[str, float]],
-) -> dict:
-    """One row of ``results.json``: lists run over the seeds, accuracies and errors are fractions of 1."""
-    if role not in ROLES:
-        raise ValueError(f"role is {role!r}: expected one of {', '.join(ROLES)}")
-    return {
-        "role": role,
-        "network": network,
-        "parameters": count_parameters(model),
-        "size_mb": round(file_megabytes(file), 3),
-        "seeds": seeds,
-        "accuracy": [s.accuracy for s in measured],
-        "nll": [s.nll for s in measured],
-        "ece": [s.ece for s in measured],
-        "agreement": agreements,
-        "seconds": seconds,
-        "device": device,
-        "latency_ms": latency_ms,
-    }
 
 
 def save_results(path: Path, profile: str, dataset: str, runs: list[dict]) -> dict:
@@ -193,11 +199,11 @@ NAMES = {"teacher": "teacher", "student": "student alone", "distilled": "distill
 
 
 def results_rows(results: dict, *, latency: bool = True) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of results: the networks of ``results.json`` in words.
+    """Header and rows of the table of results, one row per network of ``results.json``.
 
     Args:
         results: the content of ``results.json``.
-        latency: with columns for the milliseconds on each device.
+        latency: whether to add columns for the milliseconds on each device.
     """
     devices = list(dict.fromkeys(d for run in results["runs"] for d in run["latency_ms"]))
     batches = list(dict.fromkeys(b for run in results["runs"] for d in run["latency_ms"].values() for b in d))
@@ -220,6 +226,6 @@ def results_rows(results: dict, *, latency: bool = True) -> tuple[list[str], lis
 
 
 def percent(fractions: list[float]) -> str:
-    """``96.80 ± 0.70 %``: mean and standard deviation over the seeds; without the latter for a single one."""
+    """``96.80 ± 0.70 %``: mean and standard deviation over the seeds; of a single seed the mean alone."""
     mean = f"{100 * np.mean(fractions):.2f}"
     return f"{mean} ± {100 * np.std(fractions, ddof=1):.2f} %" if len(fractions) > 1 else f"{mean} %"

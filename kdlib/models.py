@@ -1,19 +1,17 @@
-"""The networks, and how to run them.
-
-Where torchvision has a network, it is torchvision's, adapted to small images; the others are written out here.
-"""
+"""The networks: torchvision's, adapted to small images, and smaller ones that are written out here."""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import importlib.util
-from collections.abc import Iterator
+import functools
+import importlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+
+from kdlib.records.artefacts import did_you_mean
 
 
 def resnet50(classes: int, channels: int = 3) -> nn.Module:
@@ -80,8 +78,7 @@ class Perceptron(nn.Module):
         self.classifier = nn.Linear(hidden, classes)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, classes)
-        if images.shape[2:] != (8, 8):
-            images = F.adaptive_avg_pool2d(images, 8)
+        images = F.adaptive_avg_pool2d(images, 8)  # 8x8 stay as they are
         return self.classifier(F.relu(self.hidden(images.flatten(1))))
 
 
@@ -146,110 +143,76 @@ NETWORKS = {
     "resnet50": resnet50,  # the teacher of profile full
     "resnet18": resnet18,
     "mobilenet_v2": mobilenet_v2,
-    "cnn": lambda classes, channels=3: PlainCNN((64, 128, 224), classes, channels),  # the student of profile full
+    "cnn": functools.partial(PlainCNN, (64, 128, 224)),  # the student of profile full
     "wide_resnet14": WideResNet14,
-    "digits_cnn": lambda classes, channels=1: PlainCNN((16, 48), classes, channels),  # the teacher of profile quick
+    "digits_cnn": functools.partial(PlainCNN, (16, 48)),  # the teacher of profile quick
     "perceptron": Perceptron,  # the student of profile quick
     "tiny_cnn": TinyCNN,
 }
 
 
-def build(network: str, classes: int, channels: int = 3, *, seed: int = 0) -> nn.Module:
+def build(network: str | Callable, classes: int, channels: int = 3, *, seed: int = 0) -> nn.Module:
     """A freshly initialised network; the same `seed` gives the same weights on every device.
 
     Its input is (B, channels, H, W) float, normalised; its output (B, classes) logits.
 
+    Args:
+        network: one of ``NETWORKS``; a callable ``(classes, channels) -> nn.Module``; or the dotted path of one,
+            ``package.module:function``, which is imported: give only what you would run.
+
     Raises:
-        ValueError: `network` is none of ``NETWORKS``.
+        ValueError: `network` is none of these, or does not give a network.
     """
-    check_network(network)
+    make = find_network(network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return NETWORKS[network](classes, channels)
+        model = make(classes, channels)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"network {network!r} gave a {type(model).__name__} for {classes} classes and {channels} channels: "
+            "expected a torch.nn.Module"
+        )
+    return model
 
 
-def check_network(network: str) -> None:
-    """Raise ValueError where `network` is none of ``NETWORKS``."""
-    if network not in NETWORKS:
-        near = difflib.get_close_matches(network, NETWORKS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"network {network!r} is unknown: expected one of {', '.join(NETWORKS)}{hint}")
+def find_network(network: str | Callable) -> Callable[[int, int], nn.Module]:
+    """The function that makes a network, in any of the forms that :func:`build` takes; ValueError if it is none."""
+    if callable(network) and not isinstance(network, nn.Module):
+        return network
+    if isinstance(network, nn.Module):
+        raise ValueError(
+            f"network is a {type(network).__name__} that exists already: expected a function of (classes, channels) "
+            "that makes one, so that every seed starts from its own weights"
+        )
+    if isinstance(network, str) and network in NETWORKS:
+        return NETWORKS[network]
+    module, colon, name = str(network).partition(":")
+    if not colon:
+        raise ValueError(
+            f"network {network!r} is unknown: expected one of {', '.join(NETWORKS)}, or the path of your own, "
+            f"package.module:function{did_you_mean(network, NETWORKS)}"
+        )
+    try:
+        make = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        if not callable(make):
+            raise TypeError(f"{name} is {make!r}, no function")
+        return make
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: of ".mynets:" or ":small"
+        raise ValueError(
+            f"network {network!r} cannot be imported ({error}): expected package.module:function, importable from the "
+            "working folder or from PYTHONPATH"
+        ) from error
+
+
+def network_name(network: str | Callable) -> str:
+    """What a network is called, in file names too: ``cnn``, or ``mynets.small`` for ``mynets:small``."""
+    if isinstance(network, str):
+        return network.replace(":", ".")
+    made_by = network.func if isinstance(network, functools.partial) else network
+    made_by = made_by if hasattr(made_by, "__qualname__") else type(made_by)
+    return f"{made_by.__module__}.{made_by.__qualname__}"
 
 
 def count_parameters(model: nn.Module) -> int:
     """How many numbers training adjusts (batch norm's running statistics are not among them)."""
     return sum(p.numel() for p in model.parameters())
-
-
-def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """`device` where given, otherwise the GPU where there is one, otherwise the CPU."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def half_precision(device: torch.device) -> torch.dtype | None:
-    """The half precision to compute in: bfloat16 where the GPU has it, else float16; None (float32) on a CPU."""
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def mixed_precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """Autocast to :func:`half_precision`, or nothing where that is None."""
-    dtype = half_precision(device)
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
-
-
-def quicker(model: nn.Module, device: torch.device, *, answers: bool = False) -> nn.Module:
-    """`model` with fewer journeys through memory (see :mod:`kdlib.fused`); off a GPU, or without Triton, as it is.
-
-    Args:
-        model: in the memory of `device`.
-        answers: whether only its answers in eval mode are wanted; otherwise what comes back trains `model`'s weights.
-    """
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return model
-    from kdlib import fused  # here, since it cannot be imported everywhere
-
-    return fused.for_answers(model, half_precision(device)) if answers else fused.for_training(model)
-
-
-@contextlib.contextmanager
-def tuned_convolutions(device: torch.device) -> Iterator[None]:
-    """Let cuDNN try its algorithms on a GPU and keep the quickest for each shape: for many batches of one size."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = device.type == "cuda"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
-@torch.no_grad()
-def predict_logits(
-    model: nn.Module, data, *, view: int = 0, batch_size: int = 512, device: str | torch.device | None = None
-) -> Tensor:
-    """The network's answers to every image of `data`, in order: (N, C) float32 on the CPU.
-
-    The network runs in eval mode, so that an answer does not depend on which images share its batch, and is left in
-    the mode in which it came.
-
-    Args:
-        model: moved to `device`.
-        data: a :class:`kdlib.data.ImageSet`.
-        view: which view of the images (see ``ImageSet.view_table``); 0 is the clean image.
-        batch_size: images at once; changes the speed only.
-    """
-    device = pick_device(device)
-    was_training = model.training
-    model.to(device, memory_format=torch.channels_last).eval()
-    data = data.to(device)
-    order, answers = torch.arange(len(data), device=device), []
-    if device.type == "cuda" and len(data) > batch_size:
-        order = F.pad(order, (0, -len(data) % batch_size))  # all batches of one size, so that cuDNN tries only once
-    try:
-        with tuned_convolutions(device), mixed_precision(device):
-            for indices in order.split(batch_size):
-                answers.append(model(data.batch(indices, torch.full_like(indices, view))).float())
-    finally:
-        model.train(was_training)
-    return torch.cat(answers)[: len(data)].cpu()

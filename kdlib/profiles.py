@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from kdlib import artefacts
 from kdlib.losses import check_weights
-from kdlib.models import check_network
+from kdlib.models import find_network, network_name
+from kdlib.records import artefacts
+from kdlib.records.artefacts import did_you_mean
+from kdlib.records.fetch import clone_folder
 from kdlib.train import Recipe
 
 
@@ -20,20 +22,21 @@ class Profile:
     """What a run of the book trains, on what, and where it leaves it."""
 
     name: str
-    dataset: str
-    teacher: str  # network
-    students: tuple[str, ...]  # networks; the first is the book's main one
+    dataset: str  # a name that kdlib.load_data knows, or the path of the reader's own
+    teacher: str | Callable  # network, as kdlib.build takes it
+    students: tuple[str | Callable, ...]  # networks; the first is the book's main one
     teacher_recipe: Recipe
     student_recipe: Recipe  # of the student alone and of the distilled one alike; tuned for the former
     temperature: float  # T of the soft targets
-    alpha: float  # weight of the labels' cross-entropy; the soft term has 1 - alpha
+    alpha: float  # weight of the cross-entropy with the labels
     views: int | None  # of each image in the soft labels; None: all there are
     n_seeds: int  # students trained with the seeds seed, seed + 1, ...
+    beta: float | None = None  # weight of the soft term; None: 1 - alpha
     seed: int = 0
     limit: int | None = None  # images in each split at most
     threads: int | None = None  # CPU threads for PyTorch; None: as many as it takes by itself
-    start_from: str = "scratch"  # or "published": from the teacher's published answers, without the teacher
-    run: str | None = None  # set where parameters override the profile: then part of the folder's name
+    start_from: str = "scratch"  # or "published": from the teacher's published logits, without the teacher
+    run: str | None = None  # set if parameters override the profile: then part of the folder's name
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -48,13 +51,13 @@ class Profile:
         """The same with so many views of each image, in the soft labels and for the students."""
         return replace(self, views=views, student_recipe=replace(self.student_recipe, views=views))
 
-    def file(self, role: str, network: str | None = None, seed: int | None = None) -> str:
+    def file(self, role: str, network: str | Callable | None = None, seed: int | None = None) -> str:
         """The name of a network's weights: ``teacher_resnet50.pth``, ``student_cnn.pth`` for the distilled student of
         the first seed, ``student_cnn_alone_seed1.pth`` for the student trained on the labels alone with seed 1."""
         if role == "teacher":
-            return f"teacher_{self.teacher}.pth"
+            return f"teacher_{network_name(self.teacher)}.pth"
         alone = {"distilled": "", "student": "_alone"}[role]
-        return f"student_{network}{alone}{'' if seed in (None, self.seed) else f'_seed{seed}'}.pth"
+        return f"student_{network_name(network)}{alone}{'' if seed in (None, self.seed) else f'_seed{seed}'}.pth"
 
 
 PROFILES = {
@@ -64,7 +67,7 @@ PROFILES = {
         teacher="digits_cnn",
         students=("perceptron",),
         # chosen on validation too: unlike the student, the teacher is better without shifted images, and the student
-        # learns as much from it as from one that has seen them
+        # learns as much from it as from one trained on them
         teacher_recipe=Recipe(epochs=200, batch_size=20, learning_rate=0.1, weight_decay=5e-3, views=1),
         # chosen for the student alone, on validation, over learning rate, weight decay and views: one view, half or
         # twice the rate, half or twice the decay do no better
@@ -89,23 +92,27 @@ PROFILES = {
     ),
 }
 
-PARAMETERS = ("limit", "epochs", "views", "temperature", "alpha", "student", "n_seeds", "seed", "start_from")
+PARAMETERS = (
+    "dataset", "teacher", "student", "limit", "epochs", "views", "temperature", "alpha", "beta", "n_seeds", "seed",
+    "start_from",
+)  # fmt: skip
 START_FROM = ("scratch", "published")
 
 
 def resolve(name: str = "auto", *, run: str | None = None, **overrides) -> Profile:
     """A profile with what the parameters override; those that are None leave it as it is.
 
-    Where the profile sets a number of CPU threads, PyTorch is told so, for the whole process.
+    If the profile sets a number of CPU threads, PyTorch is told so, for the whole process.
 
     Args:
-        name: ``quick``, ``full``, or ``auto``: ``$KDLIB_PROFILE`` where set, otherwise ``full`` where CUDA is there
-            and ``quick`` elsewhere.
-        run: names the folder of a run with overrides, ``<profile>-<run>``; a hash of the overrides where not given.
-        overrides: `limit` (images in each split), `epochs` (of teacher and students), `views` (of the soft labels,
-            and so of the students), `temperature`, `alpha`, `student` (one network instead of the profile's),
-            `n_seeds`, `seed` (the first of the students', and the teacher's), `start_from` ("published": the recorded
-            answers stand in for the teacher; "scratch", as None, overrides nothing).
+        name: ``quick``, ``full``, or ``auto``: ``$KDLIB_PROFILE`` if it is set, otherwise ``full`` with CUDA and
+            ``quick`` without.
+        run: names the folder of a run with overrides, ``<profile>-<run>``; None: a hash of the overrides.
+        overrides: `dataset` (as :func:`kdlib.load_data` takes it), `teacher` and `student` (networks, as
+            :func:`kdlib.build` takes them; the student replaces all of the profile's), `limit` (images in each split),
+            `epochs` (of teacher and students), `views` (of the soft labels, and so of the students), `temperature`,
+            `alpha`, `beta`, `n_seeds`, `seed` (the first of the students', and the teacher's), `start_from`
+            ("published": recorded logits stand in for the teacher; "scratch", as None, overrides nothing).
 
     Raises:
         ValueError: an unknown profile, network or start, or a value out of range.
@@ -116,27 +123,25 @@ def resolve(name: str = "auto", *, run: str | None = None, **overrides) -> Profi
     if name == "auto":
         name = "full" if torch.cuda.is_available() else "quick"
     if name not in PROFILES:
-        near = difflib.get_close_matches(name, PROFILES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"profile {name!r} is unknown: expected auto, {', '.join(PROFILES)}{hint}")
+        raise ValueError(
+            f"profile {name!r} is unknown: expected auto, {', '.join(PROFILES)}{did_you_mean(name, PROFILES)}"
+        )
     for key in overrides:
-        if key not in PARAMETERS:
-            near = difflib.get_close_matches(key, PARAMETERS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"parameter {key!r} is unknown: expected one of {', '.join(PARAMETERS)}{hint}")
+        _check_known(key, PARAMETERS)
     if overrides.get("start_from") == "scratch":
         overrides["start_from"] = None
     overrides = {key: value for key, value in overrides.items() if value is not None}
-    for key in ("temperature", "alpha"):
+    for key in ("temperature", "alpha", "beta"):
         if isinstance(overrides.get(key), int):  # papermill makes 4 of "4", and 4.0 is the same
             overrides[key] = float(overrides[key])
     profile, effective = PROFILES[name], {}
     for key, value in overrides.items():
         changed = _override(profile, key, value)
-        if changed != profile:  # what the profile has anyway needs no folder of its own
-            effective[key] = value
+        if changed != profile:  # a value that the profile has anyway needs no folder of its own
+            value = network_name(value) if callable(value) else value  # its str() has an address in memory
+            effective[key] = value if isinstance(value, (str, int, float)) else str(value)
         profile = changed
-    check_weights(profile.temperature, profile.alpha)
+    check_weights(profile.temperature, profile.alpha, profile.beta)
     if profile.threads:
         torch.set_num_threads(profile.threads)
     return replace(
@@ -145,6 +150,36 @@ def resolve(name: str = "auto", *, run: str | None = None, **overrides) -> Profi
         student_recipe=replace(profile.student_recipe, seed=profile.seed),
         run=(str(run) if run else artefacts.digest(effective)) if effective or run else None,
     )
+
+
+def notebook_settings(variables: Mapping[str, object]) -> Profile:
+    """The profile that a notebook's parameters ask for; call it with ``globals()``, before other variables are set.
+
+    A notebook's parameters are the annotated variables of its parameters cell. papermill sets others than their
+    defaults, and any name at all: one that the notebook does not have would change nothing, and so is an error here.
+
+    Raises:
+        TypeError: a variable that is no parameter of the notebook.
+        ValueError: as for :func:`resolve`.
+    """
+    declared = [name for name in variables.get("__annotations__", {}) if name in ("profile", "run", *PARAMETERS)]
+    if "settings" not in variables:  # run again in the same notebook, there are the notebook's own variables too
+        for name, value in variables.items():
+            plain = value is None or isinstance(value, (str, int, float, bool, list, dict))
+            if plain and not name.startswith("_") and name not in declared and name not in ("In", "Out"):
+                _check_known(name, declared)
+    values = {name: variables[name] for name in declared}
+    for name, value in values.items():
+        if not (value is None or callable(value) or isinstance(value, (str, int, float, os.PathLike))):
+            raise TypeError(
+                f"parameter {name} is a {type(value).__name__}: expected a plain value; run the parameters cell again"
+            )
+    return resolve(values.pop("profile", "auto"), run=values.pop("run", None), **values)
+
+
+def _check_known(name: str, known: tuple[str, ...] | list[str]) -> None:
+    if name not in known:
+        raise TypeError(f"parameter {name!r} is unknown: expected one of {', '.join(known)}{did_you_mean(name, known)}")
 
 
 def _override(profile: Profile, key: str, value) -> Profile:
@@ -159,18 +194,20 @@ def _override(profile: Profile, key: str, value) -> Profile:
         return replace(profile, teacher_recipe=teacher, student_recipe=student)
     if key == "views":
         return profile.with_views(value)
-    if key == "student":
-        check_network(value)
-        return replace(profile, students=(value,))
+    if key in ("teacher", "student"):
+        find_network(value)  # raises if there is none
+        return replace(profile, **({"teacher": value} if key == "teacher" else {"students": (value,)}))
+    if key == "dataset":
+        return replace(profile, dataset=str(value))
     if key == "start_from" and value not in START_FROM:
-        near = difflib.get_close_matches(str(value), START_FROM, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"start_from is {value!r}: expected one of {', '.join(START_FROM)}{hint}")
-    return replace(profile, **{key: value})  # temperature, alpha, start_from
+        raise ValueError(
+            f"start_from is {value!r}: expected one of {', '.join(START_FROM)}{did_you_mean(value, START_FROM)}"
+        )
+    return replace(profile, **{key: value})  # temperature, alpha, beta, start_from
 
 
 def outputs_folder() -> Path:
     """``$KDLIB_OUTPUTS``; otherwise ``outputs`` in the clone that kdlib is used from, or in the working folder."""
     if os.environ.get("KDLIB_OUTPUTS"):
         return Path(os.environ["KDLIB_OUTPUTS"]).expanduser()
-    return (artefacts.clone_folder() or Path.cwd()) / "outputs"
+    return (clone_folder() or Path.cwd()) / "outputs"

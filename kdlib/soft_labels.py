@@ -1,7 +1,7 @@
-"""The teacher's answers, saved: generated once, reused by every student. And the live teacher, for what has no list.
+"""The teacher's logits, saved: generated once, reused by every student. And the live teacher, for what has no list.
 
-Both are *target sources*: ``(images, indices, views) -> teacher_logits`` (B, C). Soft labels look the answer up by the
-image's index and its view; the live teacher computes it from the very pixels the student sees.
+Both are *targets*: from a batch to the teacher's logits (B, C). Soft labels look them up by each image's index and its
+view; the live teacher computes them from the very pixels that the student sees.
 """
 
 from __future__ import annotations
@@ -13,51 +13,59 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from kdlib import artefacts
-from kdlib.data import Data, ImageSet
-from kdlib.models import mixed_precision, pick_device, predict_logits, quicker
-from kdlib.profiles import Profile
-from kdlib.train import Trained
+from kdlib import gpu
+from kdlib.data import Batch, ImageSet
+from kdlib.evaluate import predict_logits
+from kdlib.losses import at_least_float32
+from kdlib.records import artefacts, identity
+from kdlib.train import Recipe, Targets, progress_bar
 
 
 @dataclass(frozen=True)
-class SoftLabels:
-    """The teacher's logits for the first V views of N images: a target source by lookup."""
+class SoftLabels(Targets):
+    """The teacher's logits for the first V views of N images: targets by lookup."""
 
     logits: Tensor  # (V, N, C) float16; logits, not probabilities, so that any temperature can be chosen later
-    fingerprint: dict  # what they were made from
+    data: str  # the `identity` of the ImageSet that they are for
+    path: Path | None = None  # the file that they were loaded from
 
-    def __call__(self, images: Tensor, indices: Tensor, views: Tensor | None) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         """The teacher's logits (B, C) float32 for those images in those views."""
-        if views is None:
+        if batch.views is None:
             raise ValueError(
                 "these images were changed by cutout or mixup after their view was drawn: soft labels hold plain views "
                 "only; set cutout and mixup to 0 in the student's recipe, or use LiveTeacher"
             )
-        return self.logits[views, indices].float()
+        return at_least_float32(self.logits[batch.views, batch.indices])
 
     @property
     def views(self) -> int:
+        """How many views of each image there are."""
         return len(self.logits)
 
+    @property
+    def identity(self) -> dict:
+        """What they are: the content of the array, read once and again whenever it was changed in place."""
+        kept = self.__dict__
+        if kept.get("_version") != self.logits._version:
+            kept.update(_version=self.logits._version, _content=identity.content(self.logits))
+        return {"soft_labels": kept["_content"], "views": self.views}
+
     def to(self, device: torch.device | str) -> SoftLabels:
-        return replace(self, logits=self.logits.to(device))
+        """The same in the memory of `device`."""
+        logits = self.logits.to(device)
+        return self if logits is self.logits else replace(self, logits=logits)
 
-    def describe(self) -> dict:
-        return self.fingerprint
-
-    def check(self, data: ImageSet, recipe) -> None:
-        """Raise ValueError where these are not the soft labels of `data` in every view that `recipe` draws."""
+    def check(self, data: ImageSet, recipe: Recipe) -> None:
+        """Raise ValueError if these are not the soft labels of `data` in every view that `recipe` draws."""
         check_array(self.logits, data)
-        made_for = self.fingerprint.get("data")
-        if made_for != f"{data.name} {data.fingerprint}":
+        if self.data != data.identity:
             raise ValueError(
-                f"the soft labels are of {made_for}, the images of {data.name} {data.fingerprint}: expected the same "
+                f"the soft labels are of {self.data}, the images of {data.identity}: expected the same "
                 "images in the same order; generate them for these (chapter 03)"
             )
-        wanted = recipe.views or len(data.view_table)
+        wanted = data.resolve_views(recipe.views)
         if wanted > self.views:
             raise ValueError(
                 f"the student would see {wanted} views, the soft labels hold {self.views}: generate more views "
@@ -65,31 +73,45 @@ class SoftLabels:
             )
 
 
-@dataclass(frozen=True)
-class LiveTeacher:
-    """The teacher itself, asked about the very images that the student sees: a target source by computation."""
+class LiveTeacher(Targets):
+    """The teacher itself, asked about the very images that the student sees: targets by computation.
 
-    model: nn.Module
-    fingerprint: dict  # what the teacher was made from
+    Args:
+        model: from (B, C, H, W) images, normalised as the student's are, to (B, C) logits for the classes in the
+            student's order. It is put into eval mode before training starts, and never trained.
+    """
 
-    def __call__(self, images: Tensor, indices: Tensor, views: Tensor | None) -> Tensor:
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._run, self._layout = model, None
+
+    def __call__(self, batch: Batch) -> Tensor:
         """The teacher's logits (B, C) float32: in eval mode, without gradients."""
         if self.model.training:
             raise ValueError(
-                "the teacher is in train mode: its answers would depend on the batch, and its running statistics would "
+                "the teacher is in train mode: its logits would depend on the batch, and its running statistics would "
                 "change; call teacher.eval(), and keep the teacher out of any module whose train() is called"
             )
-        with torch.no_grad(), mixed_precision(images.device):
-            return self.model(images).float()
+        device = batch.images.device
+        with torch.no_grad(), gpu.mixed_precision(device):
+            if self._layout is None:
+                self._layout = gpu.place(self.model, device, batch.images)
+            return at_least_float32(self._run(gpu.lay_out(batch.images, self._layout)))
+
+    @property
+    def identity(self) -> dict:
+        """What it is now: its architecture, and the content of its weights."""
+        return {"live_teacher": identity.network(self.model), "weights": identity.weights(self.model)}
 
     def to(self, device: torch.device | str) -> LiveTeacher:
-        model = self.model.to(device, memory_format=torch.channels_last).eval()
-        return replace(self, model=quicker(model, torch.device(device), answers=True))
+        """The same in the memory of `device`, where a GPU runs it with fewer passes over memory."""
+        device = torch.device(device)
+        moved = LiveTeacher(self.model.to(device))
+        moved._run = gpu.optimize_for_gpu(self.model, device, for_inference=True)
+        return moved
 
-    def describe(self) -> dict:
-        return self.fingerprint
-
-    def check(self, data: ImageSet, recipe) -> None:
+    def check(self, data: ImageSet, recipe: Recipe) -> None:
+        """Put the teacher into eval mode."""
         self.model.eval()
 
 
@@ -108,41 +130,42 @@ def generate(
     Raises:
         ValueError: more views than `data` has.
     """
-    if not 1 <= views <= len(data.view_table):
-        raise ValueError(
-            f"views is {views}: expected 1 (the clean image) to {len(data.view_table)}, which is all that {data.name} "
-            f"has with {data.padding} pixels of padding and flip={data.flip}"
-        )
-    device = pick_device(device)
+    views = data.resolve_views(views)
+    device = gpu.pick_device(device)
     data = data.to(device)
-    teacher = quicker(teacher.to(device, memory_format=torch.channels_last).eval(), device, answers=True)
+    teacher = gpu.optimize_for_gpu(teacher.to(device).eval(), device, for_inference=True)
     logits = np.empty((views, len(data), data.classes), np.float16)
     largest = float(np.finfo(np.float16).max)  # a hardly trained teacher may exceed it; infinity would end the training
-    quiet = {} if progress else {"disable": True}  # left out where not needed, so that TQDM_DISABLE=1 is heard
-    for view in tqdm(range(views), unit="view", leave=False, **quiet):
-        logits[view] = predict_logits(teacher, data, view=view, device=device).clamp(-largest, largest).numpy()
+    with progress_bar(views, progress, unit="view") as bar:
+        for view in range(views):
+            logits[view] = predict_logits(teacher, data, view=view, device=device).clamp(-largest, largest).numpy()
+            bar.update()
     return logits
 
 
 def load_or_generate(
     folder: Path,
-    teacher: Trained,
+    teacher: nn.Module,
     data: ImageSet,
-    views: int,
+    views: int | None,
     *,
     file: str = "soft_labels.npy",
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> SoftLabels:
-    """The soft labels of `data` by `teacher`: loaded where `folder` holds just those, otherwise generated and saved."""
-    fingerprint = {"data": f"{data.name} {data.fingerprint}", "views": views, "teacher": teacher.fingerprint}
-    path = artefacts.find(folder, file, fingerprint)
+    """The soft labels of `data` by `teacher`: loaded if `folder` holds just those, otherwise generated and saved.
+
+    What is matched: the images, the number of views (None: all there are), and the teacher's weights.
+    """
+    views = data.resolve_views(views)
+    made_from = {"data": data.identity, "views": views, "teacher": LiveTeacher(teacher).identity}
+    path = artefacts.find(folder, file, made_from)
     if path is None:
         artefacts.check_writable(folder)  # shows itself before the teacher runs, not after it
         path, start = folder / file, time.perf_counter()
-        logits = generate(teacher.model, data, views, device=device, progress=progress)
-        known = {"provenance": artefacts.provenance(pick_device(device), time.perf_counter() - start)}
-        artefacts.save_array(path, logits, fingerprint=fingerprint, **known)
+        logits = generate(teacher, data, views, device=device, progress=progress)
+        made = artefacts.provenance(gpu.pick_device(device), time.perf_counter() - start)
+        artefacts.save_array(path, logits, fingerprint=made_from, provenance=made)
     return load_soft_labels(path, data)
 
 
@@ -155,57 +178,12 @@ def load_soft_labels(path: Path, data: ImageSet) -> SoftLabels:
     """
     logits = torch.from_numpy(artefacts.load_array(path))
     check_array(logits, data, str(path))
-    return SoftLabels(logits, artefacts.record(path).get("fingerprint", {}))
-
-
-def load_published(profile: Profile, data: Data) -> tuple[SoftLabels, dict[str, Tensor]]:
-    """The published answers of a profile's teacher, for who starts without it: see :func:`kdlib.artefacts.published`.
-
-    Returns:
-        The soft labels, in as many views as were published; and the logits (N, C) float32 of every split's clean
-        images, by ``train``, ``validation``, ``test``. They were rounded to half precision.
-
-    Raises:
-        FileNotFoundError: nothing is published at this profile, or it cannot be fetched.
-        ValueError: a damaged file, or answers to other images than those of `data`.
-    """
-    names = ("soft_labels.npy", "teacher_logits.npy")
-    paths = [artefacts.published(profile.name, name, profile.folder) for name in names]
-    views, clean = (artefacts.record(path)["fingerprint"] for path in paths)
-    answered = {"train": views["data"], "validation": clean["validation"], "test": clean["test"]}
-    for images, made_for in zip(data, answered.values(), strict=True):
-        if made_for != f"{images.name} {images.fingerprint}":
-            reason = f"limit is {profile.limit}; leave it out" if profile.limit else "the data set is another one"
-            raise ValueError(
-                f"the published answers are to {made_for}, the images here are {images.name} {images.fingerprint}, "
-                f"expected the same: {reason}, or run the earlier chapters instead (start_from=scratch)"
-            )
-    soft_labels = load_soft_labels(paths[0], data.train)
-    logits = torch.from_numpy(artefacts.load_array(paths[1])).float()
-    sizes = [len(data.validation), len(data.test)]
-    if logits.shape != (sum(sizes), data.train.classes) or views["teacher"] != clean["teacher"]:
-        raise ValueError(
-            f"{paths[1].name} {tuple(logits.shape)} does not belong to {paths[0].name}: expected the same teacher's "
-            f"answers {(sum(sizes), data.train.classes)}; publish both anew (`make publish PROFILE={profile.name}`)"
-        )
-    validation, test = logits.split(sizes)
-    return soft_labels, {"train": soft_labels.logits[0].float(), "validation": validation, "test": test}
-
-
-def published_note(profile: Profile, soft_labels: SoftLabels) -> str:
-    """In words, for the page: whose answers a run without a teacher starts from."""
-    path = artefacts.published(profile.name, "soft_labels.npy", profile.folder)
-    made = artefacts.record(path)["provenance"]
-    return (
-        "**Started from what is published.** The teacher's answers on this page are the recorded ones of profile "
-        f"{profile.name}: {soft_labels.views} view{'s' if soft_labels.views > 1 else ''} of each training image, and "
-        f"the clean validation and test images, made on {made['device']}, {made['date']}. Their SHA-256 is that of the "
-        "record, and the images are those that they were made for."
-    )
+    made_for = artefacts.record(path).get("fingerprint", {}).get("data", "images that no record names")
+    return SoftLabels(logits, made_for, path)
 
 
 def check_array(logits: Tensor, data: ImageSet, source: str = "the soft labels") -> None:
-    """Raise ValueError where `logits` are not (V, N, C) for the images and classes of `data`."""
+    """Raise ValueError if `logits` are not (V, N, C) for the images and classes of `data`."""
     if logits.ndim != 3 or logits.shape[1:] != (len(data), data.classes) or not logits.is_floating_point():
         raise ValueError(
             f"{source}: {logits.dtype} {tuple(logits.shape)}, expected floats (V, {len(data)}, {data.classes}): V "

@@ -1,38 +1,38 @@
 """Saving: whole or not at all, beside its fingerprint; loading: only what fits, and nothing that would be executed."""
 
 import datetime
-import email.message
 import hashlib
-import importlib.metadata
 import json
 import pickle
 import platform
 import re
-import urllib.error
-import urllib.request
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from kdlib import artefacts, build
-from kdlib.artefacts import (
+from kdlib import build
+from kdlib.records import artefacts
+from kdlib.records.artefacts import (
+    atomic_write,
     base_folder,
+    check_content,
     check_writable,
+    did_you_mean,
     digest,
+    file_digest,
     find,
     load_array,
     load_weights,
     provenance,
-    published,
     record,
-    repository_address,
+    record_path,
     save_array,
     save_json,
+    save_record,
     save_weights,
     short_reason,
-    written_whole,
 )
 
 pytestmark = pytest.mark.usefixtures("isolated")
@@ -59,12 +59,12 @@ class Full(Exception):
 
 def test_a_file_appears_when_it_is_complete_and_replaces_the_one_before(tmp_path):
     path = tmp_path / "new" / "folder" / "file.txt"
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("first")
         assert partial.parent == path.parent  # one file system, so that the renaming is one step
         assert not path.exists()
     assert path.read_text() == "first"
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("second")
         assert path.read_text() == "first"
     assert path.read_text() == "second"
@@ -76,7 +76,7 @@ def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path):
     path.write_text("old")
 
     def write() -> None:
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text("ne")
             raise Full
 
@@ -87,7 +87,7 @@ def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["weights", "array", "json"])
-def test_saving_again_loses_nothing_where_it_fails(tmp_path, monkeypatch, contents, kind):
+def test_saving_again_loses_nothing_if_it_fails(tmp_path, monkeypatch, contents, kind):
     def save(seed: int) -> None:
         if kind == "weights":
             save_weights(tmp_path / "file.pth", student(seed), fingerprint=WANTED)
@@ -142,7 +142,8 @@ def test_weights_come_back_as_they_were_their_buffers_included(tmp_path):
     assert not same(loaded, model)
     assert load_weights(tmp_path / "w.pth", loaded) is loaded
     assert same(loaded, model)
-    assert record(tmp_path / "w.pth") == {"fingerprint": WANTED, "history": [1, 2]}
+    sha256 = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
+    assert record(tmp_path / "w.pth") == {"fingerprint": WANTED, "sha256": sha256, "history": [1, 2]}
 
 
 def test_weights_that_are_not_there_are_named_and_the_network_is_not_left_random_in_silence(tmp_path):
@@ -230,7 +231,8 @@ def test_an_array_comes_back_as_it_was(tmp_path):
     found = load_array(tmp_path / "a.npy")
     assert found.dtype == np.float16
     np.testing.assert_array_equal(found, array)
-    assert record(tmp_path / "a.npy") == {"fingerprint": WANTED}
+    sha256 = hashlib.sha256((tmp_path / "a.npy").read_bytes()).hexdigest()
+    assert record(tmp_path / "a.npy") == {"fingerprint": WANTED, "sha256": sha256}
 
 
 def test_an_array_of_python_objects_is_not_saved(tmp_path, side_effect):
@@ -273,7 +275,7 @@ def test_what_is_not_a_single_array_is_refused(tmp_path, archive):
 def test_a_digest_tells_values_apart_and_not_the_order_of_keys():
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
     assert len({digest(x) for x in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, None)}) == 5
-    assert re.fullmatch("[0-9a-f]{8}", digest({}))
+    assert re.fullmatch("[0-9a-f]{16}", digest({}))
 
 
 def test_provenance_tells_versions_device_date_and_seconds():
@@ -289,7 +291,7 @@ def test_provenance_tells_versions_device_date_and_seconds():
     json.dumps(found)
 
 
-def test_a_record_that_is_missing_or_damaged_tells_nothing(tmp_path):
+def test_a_record_that_is_missing_or_damaged_is_empty(tmp_path):
     assert record(tmp_path / "a.npy") == {}
     (tmp_path / "a.npy.json").write_text('{"fingerprint": ')
     assert record(tmp_path / "a.npy") == {}
@@ -312,49 +314,49 @@ def test_the_own_folder_comes_before_the_profiles(tmp_path):
     assert find(base, "a.npy", WANTED) == base / "a.npy"
 
 
-def test_what_does_not_fit_is_never_used_and_in_the_profiles_folder_stays_where_it_is(tmp_path, contents):
+def test_what_does_not_fit_is_never_used_and_stays_where_it_is_in_the_profiles_folder(tmp_path, contents):
     save_array(tmp_path / "quick" / "a.npy", np.zeros(1), fingerprint=OTHER)
     before = contents(tmp_path)
     assert find(tmp_path / "quick-1a2b", "a.npy", WANTED) is None
     assert contents(tmp_path) == before
 
 
-def test_what_does_not_fit_is_set_aside_unchanged_and_the_message_says_why(tmp_path, contents, capsys):
+def test_what_does_not_fit_becomes_a_backup_unchanged_and_the_message_says_why(tmp_path, contents, capsys):
     save_array(tmp_path / "a.npy", np.zeros(1), fingerprint=OTHER)
     before = contents(tmp_path)
     assert find(tmp_path, "a.npy", WANTED) is None
-    aside = f"a.{digest(OTHER)}.npy"
-    assert contents(tmp_path) == {aside: before["a.npy"], f"{aside}.json": before["a.npy.json"]}
+    backup = f"a.{digest(OTHER)}.npy"
+    assert contents(tmp_path) == {backup: before["a.npy"], f"{backup}.json": before["a.npy.json"]}
     assert capsys.readouterr().out == (
-        f"{tmp_path}/a.npy is not what this run needs (recipe.epochs is 2, not 3); kept as {aside}\n"
+        f"{tmp_path}/a.npy is not what this run needs (recipe.epochs is 2, not 3); kept as {backup}\n"
     )
 
 
-def test_saving_sets_aside_too_what_is_of_something_else(tmp_path, contents):
+def test_saving_makes_a_backup_too_of_what_is_of_something_else(tmp_path, contents):
     save_array(tmp_path / "a.npy", np.zeros(1), fingerprint=OTHER)
     before = contents(tmp_path)
     save_array(tmp_path / "a.npy", np.ones(1), fingerprint=WANTED)
-    aside = f"a.{digest(OTHER)}.npy"
-    assert contents(tmp_path)[aside] == before["a.npy"]
+    backup = f"a.{digest(OTHER)}.npy"
+    assert contents(tmp_path)[backup] == before["a.npy"]
     assert load_array(tmp_path / "a.npy") == [1]
 
 
-def test_what_was_set_aside_comes_back_when_it_is_wanted_again(tmp_path, contents):
+def test_a_backup_comes_back_when_it_is_wanted_again(tmp_path, contents):
     save_array(tmp_path / "a.npy", np.zeros(1), fingerprint=OTHER)
     save_array(tmp_path / "a.npy", np.ones(1), fingerprint=WANTED)
     before = contents(tmp_path)
     assert load_array(find(tmp_path, "a.npy", OTHER)) == [0]
     assert load_array(find(tmp_path, "a.npy", WANTED)) == [1]
     assert contents(tmp_path) == before
-    (tmp_path / f"a.{digest(OTHER)}.npy.json").unlink()  # nothing tells any more what that one was made from
+    (tmp_path / f"a.{digest(OTHER)}.npy.json").unlink()  # without its record it is of unknown origin
     assert find(tmp_path, "a.npy", OTHER) is None
 
 
-def test_files_of_unknown_origin_are_set_aside_one_beside_the_other(tmp_path, capsys):
+def test_files_of_unknown_origin_become_backups_beside_each_other(tmp_path, capsys):
     for number in range(3):
         np.save(tmp_path / "a.npy", np.full(1, number))  # without a record
         assert find(tmp_path, "a.npy", WANTED) is None
-        assert "nothing tells what it was made from" in capsys.readouterr().out
+        assert "it has no record of what it was made from" in capsys.readouterr().out
     assert sorted(int(np.load(p)[0]) for p in tmp_path.glob("a.*.npy")) == [0, 1, 2]
 
 
@@ -368,8 +370,9 @@ def test_a_fingerprint_matches_after_its_way_through_json(tmp_path):
     ("wanted", "reason"),
     [
         ({"network": "cnn", "recipe": {"epochs": 2, "seed": 0}}, "network is digits_cnn, not cnn"),
-        ({"network": "digits_cnn", "recipe": {"epochs": 2}}, "recipe.seed is 0, not None"),
-        ({**OTHER, "data": "digits"}, "data is None, not digits"),
+        ({"network": "digits_cnn", "recipe": {"epochs": 2}}, "recipe.seed is 0, not missing"),
+        ({**OTHER, "data": "digits"}, "data is missing, not digits"),
+        ({**OTHER, "beta": None}, "beta is missing, not None"),  # left out is not the same as None
         (
             {"network": "digits_cnn", "recipe": {"epochs": 3, "seed": 1}},
             "recipe.epochs is 2, not 3; recipe.seed is 0, not 1",
@@ -388,7 +391,7 @@ def test_the_first_sentence_of_an_exception_is_its_reason():
     assert short_reason(EOFError()) == "EOFError"
 
 
-def test_a_file_that_cannot_be_set_aside_is_named_and_kept(tmp_path, monkeypatch, contents):
+def test_a_file_that_cannot_be_renamed_is_named_and_kept(tmp_path, monkeypatch, contents):
     save_array(tmp_path / "a.npy", np.zeros(1), fingerprint=OTHER)
     before = contents(tmp_path)
 
@@ -397,145 +400,81 @@ def test_a_file_that_cannot_be_set_aside_is_named_and_kept(tmp_path, monkeypatch
 
     monkeypatch.setattr(artefacts.os, "replace", refuse)
     with pytest.raises(
-        OSError, match=r"a\.npy is not what this run needs \(recipe\.epochs is 2.*cannot be set aside: .*denied"
+        OSError, match=r"a\.npy is not what this run needs \(recipe\.epochs is 2.*cannot be renamed: .*denied"
     ):
         find(tmp_path, "a.npy", WANTED)
     assert contents(tmp_path) == before
 
 
-# --- what is published -----------------------------------------------------------------------------------------------
-
-ADDRESS = "https://example.org/book"
-CONTENT = b"the teacher's answers"
+# --- the content behind a record -------------------------------------------------------------------------------------
 
 
-def remote(content: bytes = CONTENT, of: bytes = CONTENT) -> dict[str, bytes]:
-    """What the repository's address serves: a file, and the record of the file `of`."""
-    place = f"{ADDRESS}/raw/HEAD/book/published/quick/answers.npy"
-    return {place: content, f"{place}.json": json.dumps({"sha256": hashlib.sha256(of).hexdigest()}).encode()}
+@pytest.mark.parametrize("kind", ["weights", "array"])
+def test_a_file_whose_bytes_changed_under_its_record_is_refused_and_kept(tmp_path, kind):
+    path = tmp_path / ("a.pth" if kind == "weights" else "a.npy")
 
+    def save(seed):
+        if kind == "weights":
+            save_weights(path, student(seed), fingerprint=WANTED)
+        else:
+            save_array(path, np.full(5, seed), fingerprint=WANTED)
 
-class Response:
-    """What urllib gives for an address."""
-
-    def __init__(self, url: str, content: bytes):
-        self.url, self.content = url, content
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def read(self) -> bytes:
-        return self.content
-
-
-@pytest.fixture
-def installed(monkeypatch, tmp_path):
-    """kdlib as installed without a clone; a function that sets what its repository serves, and tells what was asked."""
-    monkeypatch.setattr(artefacts, "__file__", str(tmp_path / "site-packages" / "kdlib" / "artefacts.py"))
-    monkeypatch.setattr(artefacts, "repository_address", lambda: ADDRESS)
-
-    def serve(files: dict[str, bytes], sent_on: str | None = None) -> list[str]:
-        asked = []
-
-        def urlopen(url: str, timeout: float) -> Response:
-            assert 0 < timeout <= 60
-            asked.append(url)
-            if url not in files:
-                raise urllib.error.HTTPError(url, 404, "Not Found", {}, None)
-            return Response(sent_on or url, files[url])
-
-        monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-        return asked
-
-    return serve
-
-
-def test_a_published_file_of_the_clone_is_checked_and_used_where_it_is(monkeypatch, tmp_path):
-    monkeypatch.setattr(artefacts, "__file__", str(tmp_path / "kdlib" / "artefacts.py"))
-    place = tmp_path / "book" / "published" / "quick"
-    place.mkdir(parents=True)
-    (tmp_path / "book" / "intro.md").write_text("# The book")
-    with pytest.raises(FileNotFoundError, match=r"answers\.npy is not there: profile quick .*start_from=scratch"):
-        published("quick", "answers.npy", tmp_path / "quick")
-    for url, content in remote().items():
-        (place / url.rpartition("/")[2]).write_bytes(content)
-    assert published("quick", "answers.npy", tmp_path / "quick") == place / "answers.npy"
-    assert not (tmp_path / "quick").exists()
-
-    (place / "answers.npy").write_bytes(CONTENT + b"!")
-    expected, found = (hashlib.sha256(content).hexdigest() for content in (CONTENT, CONTENT + b"!"))
+    save(1)
+    other = path.read_bytes()  # a good file of the same kind
+    save(0)
+    expected = file_digest(path)
+    path.write_bytes(other)
     message = (
-        rf"answers\.npy is not what was published: its SHA-256 is {found}, expected {expected}; .*git checkout -- "
+        rf"{re.escape(str(path))} has changed since it was saved: its SHA-256 is {file_digest(path)}, its record says "
+        rf"{expected}; delete it and run its chapter again"
     )
-    with pytest.raises(ValueError, match=message):
-        published("quick", "answers.npy", tmp_path / "quick")
-    (place / "answers.npy.json").unlink()
-    with pytest.raises(ValueError, match="expected one in its record, which has none"):
-        published("quick", "answers.npy", tmp_path / "quick")
+    for load in (check_content, (lambda p: load_weights(p, student(2))) if kind == "weights" else load_array):
+        with pytest.raises(ValueError, match=message):
+            load(path)
+    assert path.read_bytes() == other
+    path.write_bytes(b"not even of that kind")
+    with pytest.raises(ValueError, match="is not a"):
+        load_weights(path, student()) if kind == "weights" else load_array(path)
 
 
-def test_without_a_clone_it_is_fetched_once_its_record_first(installed, tmp_path, contents):
-    asked = installed(remote())
-    path = published("quick", "answers.npy", tmp_path / "quick-1a2b")
-    assert path == tmp_path / "quick-1a2b" / "published" / "answers.npy"
-    assert path.read_bytes() == CONTENT
-    assert asked == list(remote())[::-1]
-    assert contents(path.parent).keys() == {"answers.npy", "answers.npy.json"}
-    assert published("quick", "answers.npy", tmp_path / "quick-1a2b") == path
-    assert len(asked) == 2
+def test_a_network_is_left_as_it_was_if_the_files_content_is_not_that_of_its_record(tmp_path):
+    save_weights(tmp_path / "a.pth", student(0), fingerprint=WANTED)
+    torch.save(student(1).state_dict(), tmp_path / "a.pth")
+    model = student(2)
+    with pytest.raises(ValueError, match="has changed since it was saved"):
+        load_weights(tmp_path / "a.pth", model)
+    assert same(model, student(2))
 
 
-def test_a_fetched_file_that_differs_is_refused_with_what_to_do(installed, tmp_path):
-    installed(remote(content=b"something else"))
-    for _ in range(2):  # also where it is there already
-        with pytest.raises(ValueError, match=r"SHA-256 is \w+, expected \w+; delete .*published, .*start_from=scratch"):
-            published("quick", "answers.npy", tmp_path)
+def test_a_record_from_before_there_were_checksums_is_taken_at_its_word(tmp_path):
+    save_array(tmp_path / "a.npy", np.zeros(3), fingerprint=WANTED)
+    save_json(record_path(tmp_path / "a.npy"), {"fingerprint": WANTED})
+    check_content(tmp_path / "a.npy")
+    assert find(tmp_path, "a.npy", WANTED) == tmp_path / "a.npy"
+    np.testing.assert_array_equal(load_array(tmp_path / "a.npy"), np.zeros(3))
 
 
-@pytest.mark.parametrize("kept", [0, 1])
-def test_what_cannot_be_fetched_names_its_address_and_leaves_no_part_of_a_file(installed, tmp_path, kept):
-    missing = list(remote())[::-1][kept]
-    installed({url: content for url, content in remote().items() if url != missing})
-    with pytest.raises(
-        FileNotFoundError, match=re.escape(missing) + r" cannot be fetched \(HTTP Error 404: Not Found\): cl"
-    ):
-        published("quick", "answers.npy", tmp_path)
-    assert not (tmp_path / "published" / "answers.npy").exists()
+def test_a_record_can_be_written_for_a_file_that_is_there(tmp_path):
+    (tmp_path / "notes.txt").write_text("three rows")
+    save_record(tmp_path / "notes.txt", WANTED, rows=3)
+    assert record(tmp_path / "notes.txt") == {
+        "fingerprint": WANTED,
+        "sha256": hashlib.sha256(b"three rows").hexdigest(),
+        "rows": 3,
+    }
+    assert find(tmp_path, "notes.txt", WANTED) == tmp_path / "notes.txt"
 
 
-@pytest.mark.parametrize("address", ["http://example.org/book", "file:///book"])
-def test_nothing_is_fetched_but_by_https(installed, tmp_path, monkeypatch, address):
-    asked = installed({})
-    monkeypatch.setattr(artefacts, "repository_address", lambda: address)
-    with pytest.raises(FileNotFoundError, match=r"expected an address that begins with https://"):
-        published("quick", "answers.npy", tmp_path)
-    assert asked == []
-    monkeypatch.setattr(artefacts, "repository_address", lambda: ADDRESS)
-    installed(remote(), sent_on="http://example.org/elsewhere")
-    with pytest.raises(FileNotFoundError, match=r"it leads to http://example\.org/elsewhere, expected one"):
-        published("quick", "answers.npy", tmp_path)
-    assert not (tmp_path / "published").exists()
+@pytest.mark.parametrize("fingerprint", [[1], "text", 3, None])
+def test_a_record_whose_fingerprint_is_none_is_no_record_of_what_it_was_made_from(tmp_path, capsys, fingerprint):
+    save_array(tmp_path / "a.npy", np.zeros(1), fingerprint=WANTED)
+    save_json(record_path(tmp_path / "a.npy"), {"fingerprint": fingerprint})
+    assert find(tmp_path, "a.npy", WANTED) is None
+    assert "it has no record of what it was made from" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("a.*.npy"))) == 1
 
 
-def test_the_repositorys_address_is_that_of_the_installed_package(monkeypatch):
-    def metadata(*urls):
-        message = email.message.Message()
-        for url in urls:
-            message["Project-URL"] = url
-        monkeypatch.setattr(importlib.metadata, "metadata", lambda name: message)
-
-    metadata("homepage, https://example.org", f"repository, {ADDRESS}/")
-    assert repository_address() == ADDRESS
-    metadata()
-    with pytest.raises(FileNotFoundError, match="names no repository to fetch from: clone the repository"):
-        repository_address()
-
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "metadata", missing)
-    with pytest.raises(FileNotFoundError, match="names no repository"):
-        repository_address()
+def test_a_name_that_is_close_to_a_known_one_is_suggested():
+    assert did_you_mean("quik", ["quick", "full"]) == "; did you mean 'quick'?"
+    assert did_you_mean("xyz", ["quick", "full"]) == ""
+    assert did_you_mean(3, ["quick"]) == did_you_mean("", []) == ""

@@ -1,26 +1,23 @@
 """The bench: every case runs, its figures fit each other, and its page shows what was recorded."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from workshop import ROOT, tool
 
 from kdlib import predict_logits
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "tools" / "bench.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench"] = module  # where dataclasses and worker processes look for it
-    spec.loader.exec_module(module)
-    return module
+    return tool(ROOT, "bench")
+
+
+@pytest.fixture(scope="module")
+def page(bench):
+    return bench.bench_page
 
 
 CPU = torch.device("cpu")
@@ -30,7 +27,7 @@ def small(bench):
     return dataclasses.replace(bench.setting(CPU), images=160, batch_size=20, epochs=2, workers=(0,))
 
 
-def test_every_case_is_measured(bench):
+def test_every_case_is_measured(bench, page):
     s = small(bench)
     for case, network in bench.cases(s):
         found = bench.measure(case, network, s, CPU, peak=1e9)
@@ -40,7 +37,7 @@ def test_every_case_is_measured(bench):
         assert list(found["seconds_by_images"]) == ["40", "80", "160"]
         assert found["tutorial_workers"] == 0
         assert found["peak_memory_gb"] is None
-        for table in (bench.rows, bench.limit_rows, bench.growth_rows):
+        for table in (page.rows, page.limit_rows, page.growth_rows):
             header, lines = table({"cases": [found]})
             assert len(header) == len(lines[0])
 
@@ -60,22 +57,22 @@ def test_the_tutorials_pictures_are_the_same_images(bench):
     assert predict_logits(torch.nn.Flatten(), images).shape == (12, 64)
 
 
-def test_the_command(bench, monkeypatch, tmp_path, capsys):
+def test_the_command(bench, page, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("KDLIB_OUTPUTS", str(tmp_path))
     assert bench.main(["--images", "3"]) == 2
     assert "--images is 3: expected at least" in capsys.readouterr().err
     s = small(bench)
     monkeypatch.setattr(bench, "setting", lambda device: s)
-    monkeypatch.setattr(bench, "PUBLISHED", tmp_path / "published")
-    monkeypatch.setattr(bench, "PAGE", tmp_path / "speed.md")
-    bench.PAGE.write_text("a\n<!-- bench: begin -->\nold\n<!-- bench: end -->\nb\n")
+    monkeypatch.setattr(page, "PUBLISHED", tmp_path / "published")
+    monkeypatch.setattr(page, "PAGE", tmp_path / "speed.md")
+    page.PAGE.write_text("a\n<!-- bench: begin -->\nold\n<!-- bench: end -->\nb\n")
     assert bench.main(["--publish"]) == 0
     assert "train a student with the live teacher" in capsys.readouterr().out
     found = json.loads((tmp_path / "published" / "bench-cpu.json").read_text())
     assert json.loads((tmp_path / "bench-cpu.json").read_text()) == found
-    assert bench.PAGE.read_text() == f"a\n<!-- bench: begin -->\n{bench.shown(found)}<!-- bench: end -->\nb\n"
+    assert page.PAGE.read_text() == f"a\n<!-- bench: begin -->\n{page.shown(found)}<!-- bench: end -->\nb\n"
 
 
-def test_the_page_shows_what_was_recorded(bench):
-    shown = bench.shown(bench.recorded())
-    assert f"<!-- bench: begin -->\n{shown}<!-- bench: end -->" in bench.PAGE.read_text(encoding="utf-8")
+def test_the_page_shows_what_was_recorded(page):
+    shown = page.shown(page.recorded())
+    assert f"<!-- bench: begin -->\n{shown}<!-- bench: end -->" in page.PAGE.read_text(encoding="utf-8")

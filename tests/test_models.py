@@ -1,20 +1,14 @@
-"""The networks: their sizes, seeds and shapes, and how they are run."""
+"""The networks: their sizes, seeds and shapes, and every form in which one can be asked for."""
+
+import functools
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-from kdlib import artefacts
-from kdlib.models import (
-    NETWORKS,
-    build,
-    count_parameters,
-    half_precision,
-    mixed_precision,
-    pick_device,
-    predict_logits,
-    tuned_convolutions,
-)
+from kdlib.models import NETWORKS, build, count_parameters, find_network, network_name
+from kdlib.records import artefacts
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
@@ -68,9 +62,9 @@ def test_building_a_network_leaves_the_global_random_state_alone(network):
 def test_every_network_takes_small_and_large_images_grey_and_in_colour(network, channels):
     model = build(network, 7, channels).eval()
     for size in (8, 32):
-        answer = model(torch.zeros(2, channels, size, size))
-        assert answer.shape == (2, 7)
-        assert torch.isfinite(answer).all()
+        logits = model(torch.zeros(2, channels, size, size))
+        assert logits.shape == (2, 7)
+        assert torch.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("network", ["resnet50", "resnet18", "mobilenet_v2"])
@@ -98,76 +92,123 @@ def test_an_unknown_network_is_refused_with_the_nearest_name():
         ValueError, match=r"network 'resnet05' is unknown: expected one of resnet50, .*mean 'resnet50'\?"
     ):
         build("resnet05", 10)
-    with pytest.raises(ValueError, match=r"network 'xyz' is unknown: expected one of resnet50, .*tiny_cnn$"):
+    with pytest.raises(ValueError, match=r"network 'xyz' is unknown: expected one of .*tiny_cnn, or the path"):
         build("xyz", 10)
 
 
-def test_answers_come_in_order_and_do_not_depend_on_the_batch_size(image_set, toy_teacher):
-    data = image_set(21)
-    model = toy_teacher(data).train()
-    whole = predict_logits(model, data)
-    assert whole.shape == (21, 4)
-    assert whole.dtype == torch.float32
-    assert not whole.requires_grad
-    assert whole.std(0).min() > 0.01  # the images are told apart
-    for size in (1, 2, 20):
-        torch.testing.assert_close(predict_logits(model, data, batch_size=size), whole, rtol=1e-4, atol=1e-5)
-    one = model.eval()(data.batch(torch.tensor([13]), torch.tensor([0])))
-    torch.testing.assert_close(one[0], whole[13], rtol=1e-4, atol=1e-5)
+# --- the forms of a network ------------------------------------------------------------------------------------------
+
+MINE = """
+from torch import nn
+
+def small(classes, channels):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, classes))
+
+class Nets:
+    small = staticmethod(small)
+
+number = 3
+"""
 
 
-def test_a_view_is_answered_as_that_view(image_set, toy_teacher):
-    data = image_set(10, flip=True)
-    model = toy_teacher(data)
-    for view in (1, 17):
-        images = data.batch(torch.arange(10), torch.full((10,), view))
-        torch.testing.assert_close(predict_logits(model, data, view=view), model(images).detach(), rtol=1e-4, atol=1e-5)
+@pytest.fixture
+def mynets(tmp_path, monkeypatch):
+    """A module of the reader's own in the working folder, as Python finds it there."""
+    (tmp_path / "mynets.py").write_text(MINE)
+    (tmp_path / "broken.py").write_text("import no_such_module_at_all\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("mynets", None)
 
 
-@pytest.mark.parametrize("mode", [True, False])
-def test_asking_for_answers_leaves_the_network_as_it_was(image_set, toy_teacher, mode):
-    data = image_set(20)
-    model = toy_teacher(data).train(mode)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    predict_logits(model, data)
-    assert model.training is mode
-    assert all(m.training is mode for m in model.modules())
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+def small(classes, channels):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, classes))
 
 
-def test_the_mode_is_restored_when_the_network_fails(image_set):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 4)).train()  # of another input size
-    with pytest.raises(RuntimeError):
-        predict_logits(model, image_set(4))
-    assert model.training
+class Flat(nn.Module):
+    def __init__(self, classes, channels, hidden=8):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, hidden), nn.Linear(hidden, classes))
+
+    def forward(self, images):
+        return self.layers(images)
 
 
-def test_the_gpu_is_picked_where_there_is_one_and_the_device_given_comes_first(monkeypatch):
-    assert pick_device().type == "cpu"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert pick_device().type == "cuda"
-    assert pick_device("cpu").type == "cpu"
-    assert pick_device(torch.device("cuda", 1)).index == 1
+class Maker:
+    def __call__(self, classes, channels):
+        return small(classes, channels)
 
 
-def test_half_precision_is_bfloat16_where_the_gpu_has_it_and_float16_where_it_would_be_emulated(monkeypatch):
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert half_precision(gpu) == torch.bfloat16
-    assert half_precision(cpu) is None
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert half_precision(gpu) == torch.float16
+FORMS = {
+    "a name": "tiny_cnn",
+    "a function": small,
+    "a class": Flat,
+    "a class with its keywords bound": functools.partial(Flat, hidden=3),
+    "a lambda": lambda classes, channels: small(classes, channels),
+    "an object": Maker(),
+    "a path": "mynets:small",
+    "a path into a class": "mynets:Nets.small",
+}
 
 
-def test_on_a_cpu_it_is_computed_in_float32():
-    with mixed_precision(torch.device("cpu")):
-        assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.float32
+@pytest.mark.usefixtures("mynets")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_network_can_be_a_name_a_callable_or_the_path_of_one(form):
+    network = FORMS[form]
+    first, again, other = (build(network, 5, 1, seed=seed) for seed in (3, 3, 4))
+    assert first(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_cudnn_is_told_to_try_its_algorithms_on_a_gpu_and_is_never_turned_off(device):
-    before = torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark
-    with tuned_convolutions(torch.device(device)):
-        assert torch.backends.cudnn.enabled
-        assert torch.backends.cudnn.benchmark == (device == "cuda")
-    assert (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark) == before
+@pytest.mark.usefixtures("mynets")
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (
+            "tiny_cm",
+            r"network 'tiny_cm' is unknown: expected one of .*package\.module:function; did you mean 'tiny_cnn'",
+        ),
+        ("mynets.small", r"network 'mynets\.small' is unknown: expected one of .*, or the path of your own"),
+        ("mynets:big", r"network 'mynets:big' cannot be imported \(.*no attribute 'big'\): expected package\.module"),
+        ("nonets:small", r"'nonets:small' cannot be imported \(No module named 'nonets'\): .*PYTHONPATH"),
+        ("broken:small", r"'broken:small' cannot be imported \(No module named 'no_such_module_at_all'\)"),
+        ("mynets:number", r"'mynets:number' cannot be imported \(number is 3, no function\)"),
+        ("mynets:", r"network 'mynets:' cannot be imported"),
+        (":small", r"network ':small' cannot be imported"),
+        (None, "network None is unknown"),
+        (3, "network 3 is unknown"),
+        (["cnn"], r"network \['cnn'\] is unknown"),
+        (nn.Linear(2, 2), "network is a Linear that exists already: expected a function of .*classes, channels"),
+        (lambda classes, channels: "cnn", "gave a str for 5 classes and 1 channels: expected a torch.nn.Module"),
+    ],
+)
+def test_what_is_no_network_is_refused_with_what_to_give(network, message):
+    with pytest.raises(ValueError, match=message):
+        build(network, 5, 1)
+
+
+@pytest.mark.usefixtures("mynets")
+def test_only_what_was_asked_for_is_imported():
+    assert "mynets" not in sys.modules
+    build("tiny_cnn", 4, 1)
+    network_name("mynets:small")  # a name in a file's name imports nothing
+    assert "mynets" not in sys.modules
+    assert find_network("mynets:small") is sys.modules["mynets"].small
+
+
+@pytest.mark.usefixtures("mynets")
+def test_a_networks_name_can_stand_in_a_files_name():
+    names = {form: network_name(network) for form, network in FORMS.items()}
+    assert names["a name"] == "tiny_cnn"
+    assert names["a path"] == network_name(find_network("mynets:small")) == "mynets.small"
+    assert names["a function"].endswith("test_models.small")
+    assert names["a class"] == names["a class with its keywords bound"]
+    assert names["an object"].endswith("test_models.Maker")
+    assert all("0x" not in name and "/" not in name and ":" not in name for name in names.values())
+
+
+def test_the_perceptron_can_be_traced():
+    model, images = build("perceptron", 10, 1), torch.randn(3, 1, 8, 8)
+    assert torch.equal(torch.fx.symbolic_trace(model)(images), model(images))
+    assert model(torch.randn(3, 1, 32, 32)).shape == (3, 10)

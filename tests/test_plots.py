@@ -1,16 +1,20 @@
 """Every figure renders, small and without a warning, and shows what it was given; tables are Markdown."""
 
+import base64
 import io
 import re
+import xml.etree.ElementTree as ElementTree
 
 import matplotlib.pyplot as plt
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from kdlib import plots
+from kdlib import evaluate, plots
 from kdlib.evaluate import calibration
 
 RANDOM = np.random.RandomState(0)
@@ -87,17 +91,99 @@ def test_a_figure_renders_to_a_small_png_without_a_warning(name):
     assert 3_000 < len(file.getvalue()) < 150_000
 
 
+@pytest.fixture
+def published(monkeypatch):
+    """What figures publish to a notebook: a list of (bundle, metadata)."""
+    bundles = []
+    monkeypatch.setattr(plots, "display", lambda bundle, *, raw, metadata=None: bundles.append((bundle, metadata)))
+    return bundles
+
+
+def photographs(name: str) -> bool:
+    return name.startswith(("a grid", "soft targets"))
+
+
+@pytest.mark.parametrize("name", [name for name in FIGURES if not photographs(name)])
+def test_a_notebook_shows_a_figure_as_a_small_svg_of_the_size_of_its_png(name, published):
+    figure = FIGURES[name]()
+    figure._ipython_display_()
+    ((bundle, metadata),) = published
+    assert bundle.keys() == {"image/svg+xml", "text/plain"}
+    assert bundle["text/plain"] == repr(figure)
+    assert not metadata
+    image = bundle["image/svg+xml"]
+    assert 5_000 < len(image) < 150_000
+    root = ElementTree.fromstring(image)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", bbox_inches="tight")
+    height, width = plt.imread(io.BytesIO(file.getvalue()), format="png").shape[:2]
+    assert (float(root.get("width")), float(root.get("height"))) == pytest.approx((width, height), abs=8)
+    assert root.get("viewBox")  # so that it keeps its proportions when it is scaled
+    assert "<text" not in image  # outlines: the reader's machine needs no font
+    assert "dc:date" not in image
+
+
+@pytest.mark.parametrize("name", [name for name in FIGURES if photographs(name)])
+def test_a_notebook_shows_photographs_as_png_of_twice_the_resolution(name, published):
+    figure = FIGURES[name]()
+    figure._ipython_display_()
+    ((bundle, metadata),) = published
+    assert bundle.keys() == {"image/png", "text/plain"}
+    assert bundle["text/plain"] == repr(figure)
+    assert len(bundle["image/png"]) < 300_000
+    width = plt.imread(io.BytesIO(base64.b64decode(bundle["image/png"])), format="png").shape[1]
+    assert metadata == {"image/png": {"width": width // 2}}
+    file = io.BytesIO()
+    figure.savefig(file, format="png", bbox_inches="tight")
+    assert width // 2 == pytest.approx(plt.imread(io.BytesIO(file.getvalue()), format="png").shape[1], abs=2)
+
+
+@pytest.mark.parametrize("name", ["lines", "a heatmap", "named points", "soft targets of digits"])
+def test_the_same_figure_is_published_as_the_same_bytes(name, published):
+    for _ in range(2):
+        RANDOM.seed(5)
+        FIGURES[name]()._ipython_display_()
+    assert published[0] == published[1]
+
+
+def test_in_a_notebook_a_figure_is_published_once_and_without_its_own_display_as_plain_png(monkeypatch, tmp_path):
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    cells = [
+        "from kdlib import plots; from IPython.display import display",
+        'plots.lines([1, 2], {"a": [1, 2]}, "x", "y")',
+        'display(plots.lines([1, 2], {"a": [1, 2]}, "x", "y"))',
+        'figure = plots.lines([1, 2], {"a": [1, 2]}, "x", "y")',
+        'plots.lines([1, 2], {"a": [1, 2]}, "x", "y");',
+        'del plots.Figure._ipython_display_; plots.lines([1, 2], {"a": [1, 2]}, "x", "y")',
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.execute(notebook, kernel_name="python3", extra_arguments=["--log-level=CRITICAL"])
+    outputs = [[output.data for output in cell.outputs] for cell in notebook.cells]
+    assert [[set(data) for data in cell] for cell in outputs] == [
+        [],
+        [{"image/svg+xml", "text/plain"}],
+        [{"image/svg+xml", "text/plain"}],
+        [],
+        [],
+        [{"image/png", "text/plain"}],
+    ]
+    assert outputs[1][0]["image/svg+xml"] == outputs[2][0]["image/svg+xml"]
+    png = plt.imread(io.BytesIO(base64.b64decode(outputs[5][0]["image/png"])), format="png")
+    assert png.shape[:2] == pytest.approx((330, 770), abs=15)  # 7 by 3 inches of 110 pixels
+
+
 def test_every_public_drawing_function_is_drawn_above():
     drawing = {n for n, f in vars(plots).items() if callable(f) and getattr(f, "__module__", "") == plots.__name__}
-    drawing = {n for n in drawing if not n.startswith("_")} - {"table", "text_table"}
+    drawing = {n for n in drawing if not n.startswith("_")} - {"Figure", "table", "text_table"}
     drawn = {used for draw in FIGURES.values() for used in draw.__code__.co_names}
     assert drawing <= drawn
 
 
-def test_the_palette_tells_seven_things_apart_and_each_network_keeps_its_colour():
+def test_the_palette_has_seven_different_colours_and_each_network_keeps_its_own():
     assert len(set(plots.PALETTE)) == 7
     assert plots.PALETTE[:3] == (plots.TEACHER, plots.ALONE, plots.DISTILLED)
-    # on a white page and without colour vision, too: no two of the networks' are equally light
+    # legible on a white page, and without colour vision: no two of the networks' colours are equally light
     grey = sorted(float(np.dot(to_rgb(color), (0.299, 0.587, 0.114))) for color in plots.PALETTE[:3])
     assert min(np.diff(grey)) > 0.01
     assert grey[-1] < 0.75
@@ -111,7 +197,7 @@ def test_a_style_is_used_for_the_figure_alone():
     assert not figure.axes[0].spines["top"].get_visible()
 
 
-def test_curves_are_drawn_as_given_and_told_apart_by_more_than_colour():
+def test_curves_are_drawn_as_given_and_differ_by_more_than_colour():
     seeds = np.array([[1.0, 2.0, 3.0], [3.0, 4.0, 7.0]])
     ax = plots.lines([0, 1, 2], {"plain": [5, 6, 7], "seeds": seeds}, "epoch", "loss").axes[0]
     plain, mean = ax.lines
@@ -170,18 +256,24 @@ def test_grey_images_are_drawn_dark_on_light_and_the_grid_has_room_for_all():
     np.testing.assert_array_equal(shown[0], 255 - GREY[0, ..., 0])
 
 
+def test_the_results_name_every_role_as_the_table_of_results_does():
+    runs = [{"role": role, "network": "cnn", "parameters": 1000, "accuracy": [0.9]} for role in evaluate.NAMES]
+    labels = [label.get_text() for label in plots.results({"runs": runs}).axes[0].get_yticklabels()]
+    assert labels == [f"{name}\ncnn, 1,000 parameters" for name in evaluate.NAMES.values()]
+
+
 def test_a_table_is_markdown_with_its_first_column_on_the_left():
-    found = plots.table(["", "accuracy"], [["teacher", "99.60 %"], ["student", 7]])
-    assert found.data.split("\n") == [
+    table = plots.table(["", "accuracy"], [["teacher", "99.60 %"], ["student", 7]])
+    assert table.data.split("\n") == [
         "|  | accuracy |",
         "| :-- | --: |",
         "| teacher | 99.60 % |",
         "| student | 7 |",
     ]
-    assert all(re.fullmatch(r"\|.*\|.*\|", line) for line in found.data.split("\n"))
+    assert all(re.fullmatch(r"\|.*\|.*\|", line) for line in table.data.split("\n"))
 
 
-def test_a_named_point_stands_at_its_means_and_is_named_once():
+def test_a_labelled_point_is_at_its_means_and_is_labelled_once():
     groups = {"alone": {"a": (10, [0.9, 0.8]), "b": (100, 0.5)}, "distilled": {"a": (10, [0.95, 0.85])}}
     ax = plots.scatter(groups, "parameters", "accuracy", joined=True, front=[(10, 0.9), (100, 0.95)]).axes[0]
     dots = [line.get_xydata() for line in ax.lines if line.get_marker() in ("o", "s")]
@@ -195,7 +287,7 @@ def test_a_named_point_stands_at_its_means_and_is_named_once():
     assert ax.get_legend_handles_labels()[1].count("alone") == 1
 
 
-def test_names_keep_off_levels_and_whiskers():
+def test_labels_keep_off_levels_and_whiskers():
     points = {"left": (1, [0.1, 0.5]), "name": (2, 0.5), "right": (3, [0.1, 0.5])}
     ax = plots.scatter({"": points}, "x", "y", levels={"the name of a level": 0.515}).axes[0]
     height = ax.get_yaxis_transform().transform((0, 0.515))[1]
@@ -205,7 +297,7 @@ def test_names_keep_off_levels_and_whiskers():
     assert ends[0] < boxes["the name of a level"].x0 < boxes["the name of a level"].x1 < ends[1]
 
 
-def test_rows_of_dots_stand_under_their_names_with_a_bar_at_the_mean():
+def test_rows_of_dots_are_beside_their_names_with_a_bar_at_the_mean():
     groups = {"labels": {"hard": [0.95]}, "teacher": {"soft": [0.96, 0.98], "softer": [1.0]}}
     ax = plots.dots(groups, "accuracy").axes[0]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["hard", "soft", "softer"]
@@ -228,9 +320,9 @@ def test_rows_of_dots_stand_under_their_names_with_a_bar_at_the_mean():
         (["+0.16 ± 0.81 points (n = 5)"], ":--"),
     ],
 )
-def test_a_tables_column_is_on_the_right_where_it_holds_figures(cells, side):
-    found = plots.table(["", "column"], [["row", cell] for cell in cells])
-    assert found.data.splitlines()[1] == f"| :-- | {side} |"
+def test_a_column_of_numbers_is_right_aligned(cells, side):
+    table = plots.table(["", "column"], [["row", cell] for cell in cells])
+    assert table.data.splitlines()[1] == f"| :-- | {side} |"
 
 
 def test_text_table_stands_in_columns():

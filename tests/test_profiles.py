@@ -1,15 +1,20 @@
 """Profiles, how parameters override them, and where their artefacts go."""
 
+import dataclasses
+import functools
 import math
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from kdlib import artefacts, build, count_parameters, resolve
-from kdlib.data import DATA_SETS
+from kdlib import build, count_parameters, notebook_settings, resolve
+from kdlib.datasets import DATA_SETS
 from kdlib.models import NETWORKS
 from kdlib.profiles import PARAMETERS, PROFILES, outputs_folder
+from kdlib.records import fetch
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
@@ -40,7 +45,7 @@ def test_the_profiles_are_those_of_the_design():
     assert len(quick.seeds) >= 5
 
 
-def test_auto_is_full_where_cuda_is_there_and_quick_elsewhere(monkeypatch):
+def test_auto_is_full_with_cuda_and_quick_without(monkeypatch):
     assert resolve("auto") == resolve() == resolve("quick")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve() == resolve("full")
@@ -48,7 +53,7 @@ def test_auto_is_full_where_cuda_is_there_and_quick_elsewhere(monkeypatch):
 
 @pytest.mark.parametrize("name", PROFILES)
 @pytest.mark.parametrize("cuda", [True, False])
-def test_auto_is_the_environments_profile_where_it_names_one(monkeypatch, name, cuda):
+def test_auto_is_the_environments_profile_if_it_names_one(monkeypatch, name, cuda):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setenv("KDLIB_PROFILE", name)
     assert resolve("auto").name == name
@@ -74,10 +79,12 @@ def test_an_unknown_profile_is_refused_with_the_nearest_name(monkeypatch):
 
 
 def test_an_unknown_parameter_is_refused_with_the_nearest_name():
-    message = r"parameter 'temprature' is unknown: expected one of limit, epochs, .*; did you mean 'temperature'\?"
+    message = r"parameter 'temprature' is unknown: expected one of dataset, teacher, .*; did you mean 'temperature'\?"
     with pytest.raises(TypeError, match=message):
         resolve("quick", temprature=8)
-    with pytest.raises(TypeError, match=r"parameter 'xyz' is unknown: expected one of limit, epochs, .*, start_from$"):
+    with pytest.raises(
+        TypeError, match=r"parameter 'xyz' is unknown: expected one of dataset, teacher, .*, start_from$"
+    ):
         resolve("quick", xyz=1)
     with pytest.raises(TypeError, match="parameter 'xyz' is unknown"):
         resolve("quick", xyz=None)
@@ -99,6 +106,11 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name():
         ({"start_from": "publised"}, "start_from is 'publised': expected one of scratch, .*; did you mean 'published'"),
         ({"start_from": 3}, "start_from is 3: expected one of scratch, published$"),
         ({"student": "tiny_cn"}, r"network 'tiny_cn' is unknown: .* did you mean 'tiny_cnn'\?"),
+        ({"teacher": "resnet05"}, r"network 'resnet05' is unknown: .* did you mean 'resnet50'\?"),
+        ({"teacher": "no_such:net"}, r"network 'no_such:net' cannot be imported \(No module named 'no_such'\)"),
+        ({"student": nn.Linear(2, 2)}, r"network is a Linear that exists already: expected a function of"),
+        ({"beta": -1}, r"beta is -1\.0: expected a number of at least 0"),
+        ({"beta": "much"}, "beta is 'much': expected a finite number"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(override, message):
@@ -108,11 +120,14 @@ def test_a_value_out_of_range_is_refused_by_name(override, message):
 
 def test_each_parameter_changes_what_it_names_and_nothing_else():
     given = {
+        "dataset": "mnist",
+        "teacher": "resnet18",
         "limit": 50,
         "epochs": 2,
         "views": 3,
         "temperature": 8,
         "alpha": 0.5,
+        "beta": 2,
         "student": "cnn",
         "n_seeds": 2,
         "seed": 6,
@@ -121,23 +136,41 @@ def test_each_parameter_changes_what_it_names_and_nothing_else():
     assert given.keys() == set(PARAMETERS)
     plain, changed = resolve("quick"), resolve("quick", **given)
     assert (changed.limit, changed.temperature, changed.alpha, changed.n_seeds) == (50, 8, 0.5, 2)
+    assert (changed.beta, plain.beta) == (2, None)
     assert changed.students == ("cnn",)
+    assert (changed.dataset, changed.teacher) == ("mnist", "resnet18")
     assert (changed.views, plain.views) == (3, None)
     assert (changed.start_from, plain.start_from) == ("published", "scratch")
     assert changed.seeds == (6, 7)
     teacher, student = changed.teacher_recipe, changed.student_recipe
     assert (teacher.epochs, teacher.seed, teacher.views) == (2, 6, plain.teacher_recipe.views)
     assert (student.epochs, student.seed, student.views) == (2, 6, 3)
-    assert (changed.dataset, changed.teacher, changed.name) == (plain.dataset, plain.teacher, plain.name)
+    assert (changed.name, changed.threads) == (plain.name, plain.threads)
     assert teacher.learning_rate == plain.teacher_recipe.learning_rate
     assert student.learning_rate == plain.student_recipe.learning_rate
+    for name, value in given.items():  # one at a time
+        one = resolve("quick", **{name: value})
+        fields = {f.name for f in dataclasses.fields(one) if getattr(one, f.name) != getattr(plain, f.name)}
+        assert fields - {"run"} == {
+            "student": {"students"},
+            "epochs": {"teacher_recipe", "student_recipe"},
+            "seed": {"seed", "teacher_recipe", "student_recipe"},
+            "views": {"views", "student_recipe"},
+        }.get(name, {name})
+
+
+def test_alpha_above_one_needs_beta():
+    with pytest.raises(ValueError, match=r"alpha is 1\.5: expected a number in \[0, 1\].*give beta as well"):
+        resolve("quick", alpha=1.5)
+    assert resolve("quick", alpha=1.5, beta=0.5).alpha == 1.5
+    assert resolve("quick", beta=0).beta == 0  # not the same as leaving it out
 
 
 def test_parameters_that_are_none_leave_the_profile_as_it_is():
     assert resolve("quick", **dict.fromkeys(PARAMETERS)) == resolve("quick")
 
 
-def test_from_scratch_overrides_nothing_and_from_the_published_answers_is_a_run_of_its_own(tmp_path):
+def test_from_scratch_overrides_nothing_and_from_the_published_logits_is_a_run_of_its_own(tmp_path):
     assert resolve("quick", start_from="scratch") == resolve("quick")
     assert resolve("quick", start_from="published").folder.name.startswith("quick-")
 
@@ -202,7 +235,7 @@ def test_artefacts_go_where_the_environment_says_otherwise_to_the_clone_or_the_w
     monkeypatch.delenv("KDLIB_OUTPUTS")
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(artefacts, "__file__", str(tmp_path / "clone" / "kdlib" / "artefacts.py"))
+    monkeypatch.setattr(fetch, "__file__", str(tmp_path / "clone" / "kdlib" / "records" / "fetch.py"))
     assert outputs_folder() == tmp_path / "work" / "outputs"
     (tmp_path / "clone" / "book").mkdir(parents=True)
     (tmp_path / "clone" / "book" / "intro.md").write_text("# The book")
@@ -216,3 +249,120 @@ def test_what_a_profile_has_anyway_is_no_override():
     assert same.folder == profile.folder
     hotter = resolve("full", temperature=8, alpha=profile.alpha)
     assert hotter.folder == resolve("full", temperature=8.0).folder != profile.folder
+
+
+# --- networks and data of one's own ----------------------------------------------------------------------------------
+
+
+def small(classes, channels, width=8):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, width), nn.ReLU(), nn.Linear(width, classes))
+
+
+def test_networks_can_be_given_in_every_form_that_build_takes():
+    profile = resolve("quick", teacher=small, student=functools.partial(small, width=3), run="mine")
+    assert profile.teacher is small
+    assert build(profile.students[0], 10, 1)[1].out_features == 3
+    assert profile.file("teacher") == f"teacher_{__name__}.small.pth"
+    assert profile.file("distilled", profile.students[0], 0) == f"student_{__name__}.small.pth"
+    path = (
+        resolve("quick", teacher="tests.nets:small") if False else resolve("quick", student="kdlib.models:Perceptron")
+    )
+    assert path.file("student", path.students[0]) == "student_kdlib.models.Perceptron_alone.pth"
+
+
+def test_the_folder_of_a_run_with_a_network_of_ones_own_rests_on_no_address_in_memory():
+    again = types.FunctionType(small.__code__, globals())  # as another process has it: elsewhere in memory
+    assert repr(again) != repr(small)
+    for name in ("teacher", "student"):
+        first, second = (resolve("quick", **{name: network}).folder for network in (small, again))
+        assert first == second != resolve("quick").folder
+
+
+def test_a_data_set_can_be_a_name_or_a_path(tmp_path):
+    assert resolve("quick", dataset="mnist").dataset == "mnist"
+    assert resolve("quick", dataset=tmp_path / "photos").dataset == str(tmp_path / "photos")
+    assert resolve("quick", dataset="digits") == resolve("quick")  # what the profile has anyway
+    folders = {resolve("quick", dataset=tmp_path / name).folder for name in ("photos", "drawings")}
+    assert len(folders) == 2
+
+
+# --- from a notebook's parameters ------------------------------------------------------------------------------------
+
+
+def notebook(source: str = "", **injected) -> dict:
+    """The globals of a notebook after its parameters cell, and papermill's cell with other values after it."""
+    variables = {"__name__": "__main__", "In": ["", source], "Out": {}, "_i": source, "_": "", "exit": object()}
+    exec("import kdlib\nfrom pathlib import Path\n" + (source or DECLARED), variables)
+    return variables | injected
+
+
+DECLARED = """
+profile: str = "quick"  # quick or full
+run: str = None
+temperature: float = None  # T
+alpha: float = None
+student: str = None
+seed: int = None
+"""
+
+
+def test_a_notebook_gets_the_profile_that_its_parameters_ask_for():
+    assert notebook_settings(notebook()) == resolve("quick")
+    settings = notebook_settings(notebook(temperature=8, student="tiny_cnn"))
+    assert settings == resolve("quick", temperature=8.0, student="tiny_cnn")
+    assert notebook_settings(notebook(profile="full", seed=3)) == resolve("full", seed=3)
+    assert notebook_settings(notebook(run="mine")).folder.name == "quick-mine"
+
+
+def test_without_a_profile_among_its_parameters_it_is_auto(monkeypatch):
+    source = "temperature: float = 4.0\nalpha: float = 0.1\n"
+    assert notebook_settings(notebook(source)) == resolve("quick")
+    monkeypatch.setenv("KDLIB_PROFILE", "full")
+    assert notebook_settings(notebook(source)).name == "full"
+
+
+@pytest.mark.parametrize("value", [8, 8.0, "8", None, True, [8], {"T": 8}])
+def test_a_parameter_that_the_notebook_does_not_have_is_an_error_with_the_nearest_name(value):
+    message = r"parameter 'temprature' is unknown: expected one of profile, run, temperature, .*mean 'temperature'\?"
+    with pytest.raises(TypeError, match=message):
+        notebook_settings(notebook(temprature=value))
+
+
+@pytest.mark.parametrize("name", ["beta", "dataset", "teacher", "views"])  # known, but not to this notebook
+def test_a_parameter_of_another_notebook_is_an_error(name):
+    with pytest.raises(TypeError, match=rf"parameter '{name}' is unknown: expected one of profile, run, temperature"):
+        notebook_settings(notebook(**{name: None}))
+    assert notebook_settings(notebook(DECLARED + f"{name}: str = None\n")) == resolve("quick")
+
+
+def test_a_value_out_of_range_is_an_error_here_too():
+    with pytest.raises(ValueError, match=r"temperature is 0\.0: expected a number above 0"):
+        notebook_settings(notebook(temperature=0))
+    with pytest.raises(ValueError, match="network 'tiny_cn' is unknown"):
+        notebook_settings(notebook(student="tiny_cn"))
+    with pytest.raises(ValueError, match="profile 'quik' is unknown"):
+        notebook_settings(notebook(profile="quik"))
+
+
+@pytest.mark.parametrize("value", [[4.0], {"T": 4}, object(), torch.zeros(1), (4.0,)])
+def test_an_object_in_place_of_a_plain_value_is_an_error(value):
+    with pytest.raises(TypeError, match=rf"parameter temperature is a {type(value).__name__}: expected a plain value"):
+        notebook_settings(notebook(temperature=value))
+
+
+def test_run_again_after_the_rest_of_the_notebook_it_gives_the_same():
+    variables = notebook(temperature=8)
+    variables["settings"] = notebook_settings(variables)
+    variables |= {"accuracy": 0.9, "rows": [1, 2], "name": "a variable of the notebook's own"}
+    assert notebook_settings(variables) == variables["settings"]
+    variables["temperature"] = 4.0  # the parameters cell was edited
+    assert notebook_settings(variables).temperature == 4.0
+    variables["student"] = build("tiny_cnn", 10, 1)  # the notebook used a parameter's name for an object
+    with pytest.raises(ValueError, match="a TinyCNN that exists already"):
+        notebook_settings(variables)
+
+
+def test_variables_that_are_no_plain_values_are_the_notebooks_own_affair():
+    variables = notebook()
+    variables |= {"data": object(), "loss": small, "net": nn.Linear(1, 1), "_private": 3, "np": math}
+    assert notebook_settings(variables) == resolve("quick")

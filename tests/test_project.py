@@ -1,9 +1,13 @@
 """The project's files agree with one another: each fact that stands in two places is the same in both."""
 
+import ast
+import io
 import re
 import shutil
 import subprocess
+import tokenize
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import nbformat
@@ -63,3 +67,85 @@ def test_an_old_python_is_refused_before_anything_is_installed(tmp_path):
     assert done.returncode == 2
     assert f"{old} is not Python 3.11 or newer" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+# --- the rooms of the house ------------------------------------------------------------------------------------------
+
+PACKAGE = ROOT / "kdlib"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of kdlib that a file imports when it is imported itself."""
+    names = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if id(node) in inside:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & {module_name(file) for file in FILES}
+
+
+def test_imports_point_one_way():
+    uses = {module_name(path): imported(path) - {"kdlib"} for path in FILES}
+    del uses["kdlib"]  # it gathers what the others define
+    order = []
+    while uses:
+        ready = sorted(name for name, wanted in uses.items() if wanted <= set(order) | {name})
+        assert ready, f"these import each other in a circle: {uses}"
+        order += ready
+        uses = {name: wanted for name, wanted in uses.items() if name not in order}
+
+
+def test_the_main_floor_does_without_the_lab():
+    for path in FILES:
+        if path.parent.name != "lab":
+            assert not any(name.startswith("kdlib.lab") for name in imported(path)), path
+
+
+def test_a_file_can_be_read_in_one_sitting():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert {name: length for name, length in lengths.items() if length > 300 and not name.endswith("plots.py")} == {}
+
+
+def lines_of_code(path: Path) -> int:
+    """Lines without blank ones, comments and docstrings."""
+    source = path.read_text(encoding="utf-8")
+    lines, documentation = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            documentation |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in silent:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - documentation)
+
+
+def test_the_main_floor_can_be_read_in_an_evening():
+    floor = [path for path in PACKAGE.glob("*.py") if path.name != "plots.py"]
+    assert sum(map(lines_of_code, floor)) <= 1500
+
+
+def test_the_step_of_train_reads_like_the_method():
+    tree = ast.parse((PACKAGE / "train.py").read_text(encoding="utf-8"))
+    train = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    assert train.end_lineno - train.body[1].lineno + 1 <= 60
+    step = next(node for node in ast.walk(train) if isinstance(node, ast.FunctionDef) and node.name == "step")
+    called = [node.func.id for node in ast.walk(step) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    assert sorted(called) == ["loss_fn", "loss_fn", "targets"]
+
+
+def test_the_wheel_holds_every_package():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    wanted = {module_name(path) for path in FILES if path.name == "__init__.py"}
+    patterns = settings if isinstance(settings, list) else settings["find"]["include"]
+    assert [name for name in sorted(wanted) if not any(fnmatch(name, pattern) for pattern in patterns)] == []

@@ -1,0 +1,180 @@
+"""Many small networks trained as one program: where a network alone leaves most of a processor idle."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from kdlib import gpu
+from kdlib.data import Batch, ImageSet, Targets, draw_epoch, steps_per_epoch
+from kdlib.losses import at_least_float32
+from kdlib.records.identity import IdentityError, digest, identify
+from kdlib.train import History, Recipe, progress_bar
+
+
+def train_many(
+    models: Sequence[nn.Module],
+    data: ImageSet,
+    loss_fns: Sequence[Callable[..., Tensor]],
+    recipes: Sequence[Recipe],
+    *,
+    targets: Sequence[Callable[[Batch], Tensor] | None] | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> list[History]:
+    """Train networks of one architecture as one batched program, in place, each as :func:`kdlib.train` would alone.
+
+    Most of the cost of a small network's step is starting its operations, not computing them. Here the networks'
+    tensors are stacked, and one operation serves them all (``torch.func.vmap``). Seeds, learning rates, weight decays,
+    losses and targets may differ; images are drawn for each seed as :func:`kdlib.train` draws them.
+
+    Args:
+        models: of one architecture, without dropout.
+        data: the training images, the same for all.
+        loss_fns: one per model, each a mean over its batch. Networks with the same loss and targets share one call.
+        recipes: one per model; they differ in seed, learning rate and weight decay only, without cutout and mixup.
+        targets: one per model, None for those that learn from the labels alone; None if all do.
+        device: the networks stay there. On a GPU without bfloat16 they are trained in float32.
+        progress: show a bar.
+
+    Returns:
+        One history per model; its loss is the mean over the networks with the same loss and targets.
+
+    Raises:
+        FloatingPointError: weights were infinite or not a number after an epoch. It says whose.
+        ValueError: the lists do not fit each other, or targets do not fit the data.
+    """
+    targets = targets if targets is not None else [None] * len(models)
+    _check(models, loss_fns, recipes, targets)
+    device, recipe = gpu.pick_device(device), recipes[0]
+    data = data.to(device)
+    data.resolve_views(recipe.views)
+    seeds = list(dict.fromkeys(r.seed for r in recipes))
+    seed_of = torch.tensor([seeds.index(r.seed) for r in recipes], device=device)
+    for one in targets:
+        if isinstance(one, Targets):
+            one.check(data, recipe)
+    groups = []  # (loss_fn, targets, which models)
+    for members in _grouped(loss_fns, targets):
+        shared = targets[members[0]]
+        shared = shared.to(device) if isinstance(shared, Targets) else shared
+        groups.append((loss_fns[members[0]], shared, torch.tensor(members, device=device)))
+    # on the device before they are stacked; a skeleton without weights stands for the architecture
+    weights, buffers = torch.func.stack_module_state([model.to(device).train() for model in models])
+    skeleton = copy.deepcopy(models[0]).to("meta")
+
+    def forward(weights: dict, buffers: dict, images: Tensor) -> Tensor:
+        return torch.func.functional_call(skeleton, (weights, buffers), (images,))
+
+    def per_model(name: str) -> Tensor:
+        return torch.tensor([getattr(r, name) for r in recipes], device=device, dtype=dtype)
+
+    dtype = at_least_float32(next(iter(weights.values()))).dtype
+    shaped = {name: (-1, *[1] * (w.ndim - 1)) for name, w in weights.items()}
+    rates, decays = per_model("learning_rate"), per_model("weight_decay")
+    velocity = {name: torch.zeros_like(w) for name, w in weights.items()}
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    per_epoch = steps_per_epoch(data, recipe.batch_size)
+    steps, step = recipe.epochs * per_epoch, 0
+    histories = [History() for _ in models]
+    start = time.perf_counter()
+    with progress_bar(recipe.epochs, progress) as bar:
+        for _ in range(recipe.epochs):
+            drawn = [draw_epoch(data, recipe.batch_size, views=recipe.views, generator=g) for g in generators]
+            indices, views = (torch.stack(x, dim=1) for x in zip(*drawn, strict=True))  # (steps, S, B) each
+            totals = torch.zeros(len(groups), device=device, dtype=dtype)
+            for now in range(per_epoch):
+                images = data.batch(indices[now].flatten(), views[now].flatten()).unflatten(0, indices.shape[1:])
+                with _precision(device):
+                    logits = torch.func.vmap(forward, randomness="error")(weights, buffers, images[seed_of])
+                logits = at_least_float32(logits)
+                total = torch.zeros((), device=device, dtype=dtype)
+                for number, (loss_fn, shared, members) in enumerate(groups):
+                    drawn_for = seed_of[members]
+                    chosen, seen = indices[now][drawn_for].flatten(), views[now][drawn_for].flatten()
+                    batch = Batch(images[drawn_for].flatten(0, 1), data.labels[chosen], chosen, seen)
+                    student_logits = logits[members].flatten(0, 1)
+                    if shared is None:
+                        loss = loss_fn(student_logits, batch.labels)
+                    else:
+                        loss = loss_fn(student_logits, shared(batch), batch.labels)
+                    total = total + loss * len(members)  # a mean over their images: each network gets its own gradient
+                    totals[number] += loss.detach()
+                gradients = torch.autograd.grad(total, list(weights.values()))
+                rate = rates * (recipe.learning_rate_at((step + 0.5) / steps) / recipe.learning_rate)
+                with torch.no_grad():  # SGD with Nesterov momentum, as torch.optim has it, with a rate for each network
+                    for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+                        gradient = gradient.addcmul(weight, decays.view(shaped[name]))
+                        torch.add(gradient, velocity[name], alpha=recipe.momentum, out=velocity[name])
+                        ahead = gradient.add_(velocity[name], alpha=recipe.momentum)
+                        weight.addcmul_(ahead, rate.view(shaped[name]), value=-1)
+                step += 1
+            for (*_, members), loss in zip(groups, (totals / per_epoch).tolist(), strict=True):
+                for member in members.tolist():
+                    histories[member].loss.append(loss)
+                    histories[member].seconds.append(round(time.perf_counter() - start, 3))
+            finite = torch.stack([w.detach().flatten(1).isfinite().all(1) for w in weights.values()]).all(0)
+            if not finite.all():
+                diverged = (~finite).nonzero().flatten().tolist()
+                raise FloatingPointError(
+                    f"the weights of networks {diverged} stopped being finite in epoch {len(histories[0].loss)}: lower "
+                    f"their learning rates ({[recipes[k].learning_rate for k in diverged]}), or train without them"
+                )
+            bar.update()
+    for k, model in enumerate(models):
+        with torch.no_grad():
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                tensor.copy_((weights | buffers)[name][k])
+        model.eval()
+    return histories
+
+
+def _grouped(loss_fns: Sequence[Callable], targets: Sequence[Callable | None]) -> list[list[int]]:
+    """The models' numbers, together if they have the same loss and the same targets."""
+
+    def key(thing: Callable | None) -> object:
+        try:
+            return digest(thing.identity if isinstance(thing, Targets) else identify(thing))
+        except IdentityError:
+            return id(thing)
+
+    groups: dict[tuple, list[int]] = {}
+    for number, pair in enumerate(zip(loss_fns, targets, strict=True)):
+        groups.setdefault(tuple(map(key, pair)), []).append(number)
+    return list(groups.values())
+
+
+def _precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast to bfloat16; float16 would need the loss to be scaled, for each network by another factor."""
+    return contextlib.nullcontext() if gpu.half_precision(device) == torch.float16 else gpu.mixed_precision(device)
+
+
+def _check(models: Sequence, loss_fns: Sequence, recipes: Sequence[Recipe], targets: Sequence) -> None:
+    if not len(models) == len(loss_fns) == len(recipes) == len(targets) > 0:
+        raise ValueError(
+            f"{len(models)} models, {len(loss_fns)} loss_fns, {len(recipes)} recipes, {len(targets)} targets: expected "
+            "as many of each, and at least one"
+        )
+    kinds = [(repr(model), {name: w.shape for name, w in model.state_dict().items()}) for model in models]
+    if odd := [k for k, kind in enumerate(kinds) if kind != kinds[0]]:
+        raise ValueError(
+            f"the models {odd} are of another architecture than the first ({type(models[0]).__name__}): expected one "
+            "architecture; call train_many once for each"
+        )
+    free = {"learning_rate": 1.0, "weight_decay": 0.0, "seed": 0}
+    if odd := [k for k, r in enumerate(recipes) if replace(r, **free) != replace(recipes[0], **free)]:
+        raise ValueError(
+            f"the recipes {odd} differ from the first in more than {', '.join(free)}: expected the same {recipes[0]}; "
+            "call train_many once for each"
+        )
+    if recipes[0].cutout or recipes[0].mixup:
+        raise ValueError(
+            f"cutout is {recipes[0].cutout}, mixup is {recipes[0].mixup}: expected neither; train such networks with "
+            "train, one at a time"
+        )

@@ -1,0 +1,243 @@
+"""Measurements as rows of a JSON file: saved one by one, so that a run that was interrupted goes on where it stopped.
+
+A row is what one case measured with one seed. It is saved as soon as it is measured, and not measured again as long as
+it was made from the same. The claims lie in the same file. Tables, figures and verdicts are computed from it alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from kdlib import gpu
+from kdlib.records import artefacts
+
+Job = tuple[str, int]  # case, seed
+ABOUT_A_ROW = ("case", "seed", "fingerprint", "made_from", "sha256", "device", "seconds")  # all else are its measures
+
+
+class RowStore:
+    """The rows of one experiment: those in its file, and those that this run has asked for.
+
+    Args:
+        path: the file; created if it does not exist.
+        about: what is saved beside the rows, such as the profile and the data set.
+
+    Raises:
+        ValueError: the file exists and is not a row store's, or a row in it was changed.
+    """
+
+    def __init__(self, path: Path, **about: object):
+        self.path, self.about = Path(path), about
+        self.rows: list[dict] = []  # those asked for, measured in this run or before
+        saved = load(self.path) if self.path.exists() else {"rows": []}
+        self._saved, self._claims = saved["rows"], saved.get("claims", [])
+        self._backed_up = False
+
+    def measure(
+        self, case: str, seeds: Sequence[int], run: Callable[[int], Mapping], *, made_from: Mapping
+    ) -> list[dict]:
+        """The rows of one case, one per seed: from the file if they were made from the same, otherwise measured now.
+
+        Args:
+            run: ``seed -> {measure: value}``. A value is a number, a truth value (saved as 0 or 1), or truth values
+                (N,), one per image: the row then holds the share of true ones, and which they are, so that a
+                comparison can allow for the choice of images.
+            made_from: everything that decides the outcome beside the seed (data, networks, recipes, objective),
+                JSON-able. Rows made from something else are measured again; the old file is renamed to a backup.
+
+        Returns:
+            One dict per seed, in the order of `seeds`: case, seed, fingerprint (of `made_from`), sha256 (of the
+            measures), device, seconds, and the measures.
+
+        Raises:
+            TypeError: `made_from` is not JSON-able: what stands for an object would change from run to run.
+            ValueError: a measure is neither a finite number nor truth values.
+        """
+        wanted = {(case, seed): made_from for seed in seeds}
+        return list(self.measure_all(wanted, lambda jobs: [run(seed) for _, seed in jobs]).values())
+
+    def measure_all(
+        self,
+        wanted: Mapping[Job, Mapping],
+        run: Callable[[list[Job]], Sequence[Mapping]],
+        *,
+        group: Callable[[list[Job]], list[list[Job]]] | None = None,
+    ) -> dict[Job, dict]:
+        """The rows of many cases and seeds, several of which may be measured at once; see :meth:`measure`.
+
+        Args:
+            wanted: ``(case, seed) -> made_from``.
+            run: ``[(case, seed), ...] -> [{measure: value}, ...]``, in the same order.
+            group: splits the jobs that are missing into those that one call of `run` measures; by default one per call.
+        """
+        fingerprints = {job: artefacts.digest(made_from) for job, made_from in wanted.items()}
+        missing = [job for job, fingerprint in fingerprints.items() if self._find(job, fingerprint) is None]
+        for jobs in group(missing) if group else [[job] for job in missing]:
+            start = time.perf_counter()
+            measured = run(jobs)
+            seconds = (time.perf_counter() - start) / len(jobs)
+            self._save([_row(j, fingerprints[j], seconds, m) for j, m in zip(jobs, measured, strict=True)])
+        rows = {job: self._find(job, fingerprint) for job, fingerprint in fingerprints.items()}
+        self.rows += [row for row in rows.values() if row not in self.rows]
+        return rows
+
+    def finish(self, claims: Sequence = ()) -> dict:
+        """Write the file with only the rows that were asked for and the claims, and return its content.
+
+        Args:
+            claims: of :class:`kdlib.lab.Claim`.
+
+        Raises:
+            ValueError: a claim compares what was not measured.
+        """
+        experiment = json.loads(json.dumps(self._content(self.rows, [asdict(claim) for claim in claims])))
+        for claim in experiment["claims"]:
+            for c in claim["comparisons"]:
+                paired_differences(experiment, c["measure"], c["case"], c["than"])
+        if any(row not in self.rows for row in self._saved):
+            self._back_up()
+        artefacts.save_json(self.path, experiment)
+        self._claims = experiment["claims"]
+        return experiment
+
+    def _find(self, job: Job, fingerprint: str) -> dict | None:
+        """The row in the file, if it was made from the same; a legacy row never was."""
+        same = (row for row in self._saved if (row["case"], row["seed"], row.get("fingerprint")) == (*job, fingerprint))
+        return next(same, None)
+
+    def _save(self, rows: list[dict]) -> None:
+        replaced = {(row["case"], row["seed"]) for row in rows}
+        kept = [row for row in self._saved if (row["case"], row["seed"]) not in replaced]
+        if len(kept) < len(self._saved):
+            self._back_up()
+        self._saved = kept + rows
+        artefacts.save_json(self.path, self._content(self._saved, self._claims))
+
+    def _back_up(self) -> None:
+        """Keep a copy of the file as it was before this run, once."""
+        if self.path.exists() and not self._backed_up:
+            backup = self.path.with_name(f"{self.path.stem}.{artefacts.digest(load(self.path)['rows'])}.json")
+            shutil.copy(self.path, backup)
+            print(f"{self.path} holds measurements that this run does not ask for; kept as {backup.name}")
+        self._backed_up = True
+
+    def _content(self, rows: list[dict], claims: list[dict]) -> dict:
+        made = artefacts.provenance("cpu", 0)
+        when = {key: made[key] for key in ("versions", "date")}
+        return {"experiment": self.path.stem, **self.about, **when, "rows": rows, "claims": claims}
+
+
+def load(path: Path) -> dict:
+    """The content of a row store's file: ``rows``, ``claims``, and what the experiment is about.
+
+    Rows that were published before rows had a SHA-256 (with the key ``made_from`` in place of ``fingerprint``) are read
+    as they are.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not a row store's, or a row's measures are not those that its SHA-256 was computed from.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"measurements {path} are not there: run the chapter that makes them first")
+    try:
+        experiment = json.loads(path.read_text(encoding="utf-8"))
+        for row in experiment["rows"]:
+            legacy = "fingerprint" not in row
+            required = {"case", "seed", "seconds"} | ({"made_from"} if legacy else {"fingerprint", "sha256"})
+            if lacking := sorted(required - row.keys()):
+                raise ValueError(f"a row lacks {', '.join(lacking)}")
+            if not legacy and row["sha256"] != (actual := _sha256(row)):
+                raise ValueError(
+                    f"the row of case {row['case']!r}, seed {row['seed']}, was changed since it was measured: the "
+                    f"SHA-256 of its measures is {actual}, expected {row['sha256']}"
+                )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not an experiment's file ({artefacts.short_reason(error)}): move it away and run its chapter"
+        ) from error
+    return experiment
+
+
+def values(experiment: Mapping, case: str, measure: str) -> dict[int, float]:
+    """One measure of one case, by seed, in ascending order.
+
+    Raises:
+        ValueError: no such case or measure in `experiment`.
+    """
+    cases = list(dict.fromkeys(row["case"] for row in experiment["rows"]))
+    if case not in cases:
+        raise ValueError(f"case {case!r} was not measured: expected one of {', '.join(cases)}")
+    rows = [row for row in experiment["rows"] if row["case"] == case]
+    if lacking := [row["seed"] for row in rows if measure not in row]:
+        raise ValueError(f"measure {measure!r} of case {case!r} is not there for seeds {lacking}")
+    return {row["seed"]: row[measure] for row in sorted(rows, key=lambda row: row["seed"])}
+
+
+def paired_differences(experiment: Mapping, measure: str, case: str, than: str | float) -> dict[int, float]:
+    """How much more one case measures than another, or than a number, by seed; the seeds are those that both have.
+
+    Raises:
+        ValueError: no such case or measure, or no seed that both cases have.
+    """
+    first = values(experiment, case, measure)
+    second = values(experiment, than, measure) if isinstance(than, str) else dict.fromkeys(first, than)
+    shared = [seed for seed in first if seed in second]
+    if not shared:
+        raise ValueError(f"cases {case!r} and {than!r} share no seed: expected the same seeds in both")
+    return {seed: first[seed] - second[seed] for seed in shared}
+
+
+def share_by_image(experiment: Mapping, measure: str, case: str, seeds: Sequence[int]) -> np.ndarray | None:
+    """For each image the share of the seeds for which the measure is true, (N,); None if the rows do not hold it."""
+    rows = [row for row in experiment["rows"] if row["case"] == case and row["seed"] in seeds]
+    if any(measure not in row.get("by image", {}) for row in rows):
+        return None
+    packed = [row["by image"][measure] for row in rows]
+    bits = [np.unpackbits(np.frombuffer(base64.b64decode(p["bits"]), np.uint8), count=p["images"]) for p in packed]
+    return np.mean(bits, axis=0)
+
+
+def cost(experiment: Mapping) -> float:
+    """The seconds that all measurements took together."""
+    return float(sum(row["seconds"] for row in experiment["rows"]))
+
+
+def _row(job: Job, fingerprint: str, seconds: float, measures: Mapping[str, object]) -> dict:
+    """A row as it is saved: numbers, and of truth values per image their share and their bits."""
+    case, seed = job
+    numbers, by_image = {}, {}
+    for name, value in measures.items():
+        array = np.asarray(value)
+        if array.dtype == bool and array.ndim == 1:
+            by_image[name] = {"images": len(array), "bits": base64.b64encode(np.packbits(array)).decode()}
+            value = array.mean()
+        elif array.ndim or array.dtype.kind not in "biuf":
+            raise ValueError(
+                f"measure {name!r} of case {case!r} is {array.dtype} {array.shape}: expected a number, or truth values "
+                "(N,), one per image; reduce it to a number, or compare it with what it should be"
+            )
+        numbers[name] = int(value) if array.dtype == bool and not array.ndim else float(value)
+        if not math.isfinite(numbers[name]):
+            raise ValueError(f"measure {name!r} of case {case!r} is {numbers[name]}: expected a finite number")
+    row = {"case": case, "seed": seed, "fingerprint": fingerprint, "sha256": None}
+    row |= {"device": gpu.device_name(gpu.pick_device()), "seconds": round(seconds, 3), **numbers}
+    row |= {"by image": by_image} if by_image else {}
+    row["sha256"] = _sha256(row)
+    return row
+
+
+def _sha256(row: Mapping) -> str:
+    """The SHA-256 of a row's measures as canonical JSON: sorted keys, no spaces."""
+    measures = {key: value for key, value in row.items() if key not in ABOUT_A_ROW}
+    return hashlib.sha256(json.dumps(measures, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

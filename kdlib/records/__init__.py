@@ -1,0 +1,6 @@
+"""What is kept of a run, and how it is told from every other.
+
+artefacts    files and their records; using again only what fits
+identity     what a run is made from, by content             source     a function's code, as its syntax tree
+checkpoint   an unfinished training                          fetch      published files, by https
+"""
