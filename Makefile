@@ -1,33 +1,33 @@
-# Two commands: `make book` and `make test`. Each sets up .venv first where it is not there.
+# Two commands: `make book` and `make test`. Each sets up .venv first if it is not there.
 #   make book PROFILE=full CHAPTERS="02 05" PARAMS="temperature=8 seed=1"
 PYTHON   ?= python3
 PROFILE  ?= quick
 CHAPTERS ?=
 PARAMS   ?=
 
-TOOL = .venv/bin/python tools/book.py
+TOOLS  = .venv/bin/python tools
 CHOSEN = --profile "$(PROFILE)" --chapters "$(CHAPTERS)"
 
 .PHONY: book test site publish status bench
 .DEFAULT_GOAL := book
 
 book: .venv/.installed    ## run the chapters, render them, print the results and where the page is
-	@$(TOOL) book $(CHOSEN) --params "$(PARAMS)"
+	@$(TOOLS)/book.py book $(CHOSEN) --params "$(PARAMS)"
 
 test: .venv/.installed    ## ruff, the tests, and the notebooks against their committed outputs
-	@$(TOOL) test
+	@$(TOOLS)/book.py test
 
 site: .venv/.installed    ## render what is committed, without running it
-	@$(TOOL) site
+	@$(TOOLS)/book.py site
 
 publish: .venv/.installed ## run the chapters in place, so that they carry their outputs
-	@$(TOOL) publish $(CHOSEN)
+	@$(TOOLS)/publish.py $(CHOSEN)
 
-status: .venv/.installed  ## how each chapter was published, and whether that still holds
-	@$(TOOL) status
+status: .venv/.installed  ## how each chapter was published, and whether it still holds
+	@$(TOOLS)/book.py status
 
-bench: .venv/.installed   ## how fast kdlib is beside the loop that most tutorials use
-	@.venv/bin/python tools/bench.py
+bench: .venv/.installed   ## how fast kdlib is, beside the loop of most tutorials
+	@$(TOOLS)/bench.py
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

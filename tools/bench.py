@@ -1,10 +1,10 @@
-"""How fast the book's code is, and against what: four cases, each beside the loop that most tutorials use.
+"""How fast the book's code is: four cases, each beside the loop that most tutorials use.
 
     python tools/bench.py                  # a table, and outputs/bench-<device>.json
     python tools/bench.py --publish        # and the page of the book with it
 
-On a GPU the cases are those of profile full (ResNet-50, CIFAR-10's size), on a CPU small ones. The images are noise:
-what they show changes nothing about how long they take.
+On a GPU the cases are those of profile full (ResNet-50, CIFAR-10's size), on a CPU small ones. The images are noise,
+since what they show does not change how long they take.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
+import bench_page
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,12 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 import kdlib
-from kdlib import artefacts, data, plots, profiles, soft_labels
-from kdlib.models import half_precision, pick_device
+from kdlib import data, gpu, plots, profiles
+from kdlib.records import artefacts
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "book" / "speed.md"
-PUBLISHED = ROOT / "book" / "published"
 TEACHER, SOFT_LABELS, STUDENT, LIVE = (
     "train the teacher",
     "generate soft labels",
@@ -54,8 +50,8 @@ class Setting:
     teacher: str
     students: tuple[str, ...]
     batch_size: int
-    epochs: int  # timed, after one that is not; as many views are answered, so no more than there are
-    matrix: int  # rows of the square matrices whose product tells what the device can do
+    epochs: int  # timed, after one that is not; as many views are generated, so no more than there are
+    matrix: int  # rows of the square matrices whose product shows what the device can do
     workers: tuple[int, ...]  # of the tutorial's DataLoader; the best is taken
     tutorial_share: float  # of the images that the tutorial's loop is timed on
 
@@ -93,7 +89,7 @@ def noise(s: Setting, count: int) -> data.ImageSet:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was queued; without this a GPU's time is that of the queueing."""
+    """Wait for the queued work; otherwise only the queueing would be timed."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -111,8 +107,8 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int = 1) 
 
 
 def matrix_flops(rows: int, device: torch.device) -> float:
-    """Floating-point operations a second that a large matrix product reaches, in the precision that training uses."""
-    dtype = half_precision(device) or torch.float32
+    """Floating-point operations per second of a large matrix product, in the precision that training uses."""
+    dtype = gpu.half_precision(device) or torch.float32
     a, b = (torch.randn(rows, rows, device=device, dtype=dtype) for _ in range(2))
     for _ in range(3):
         a @ b
@@ -120,7 +116,7 @@ def matrix_flops(rows: int, device: torch.device) -> float:
 
 
 def forward_flops(network: str, s: Setting) -> float:
-    """Floating-point operations of one image's way through the network, multiplications and additions counted each."""
+    """Floating-point operations of a forward pass of one image; a multiplication and an addition count as two."""
     model = kdlib.build(network, 10, s.channels).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, s.channels, s.size, s.size))
@@ -128,24 +124,24 @@ def forward_flops(network: str, s: Setting) -> float:
 
 
 def kdlib_epochs(case: str, network: str, s: Setting, count: int, device: torch.device) -> tuple[float, float]:
-    """Seconds before the first timed epoch (compilation, warm-up), and seconds an epoch, with kdlib."""
+    """Seconds before the first timed epoch (compilation, warm-up), and seconds per epoch, with kdlib."""
     images = noise(s, count)
     teacher = kdlib.build(s.teacher, 10, s.channels).to(device).eval()
     if case == SOFT_LABELS:
-        first = seconds(lambda: soft_labels.generate(teacher, images, 1, device=device, progress=False), device)
-        again = seconds(lambda: soft_labels.generate(teacher, images, s.epochs, device=device, progress=False), device)
+        first = seconds(lambda: kdlib.generate(teacher, images, 1, device=device, progress=False), device)
+        again = seconds(lambda: kdlib.generate(teacher, images, s.epochs, device=device, progress=False), device)
         return first, again / s.epochs
-    loss_fn = kdlib.CrossEntropy()
+    loss_fn, targets, views = F.cross_entropy, None, None
+    if case != TEACHER:
+        loss_fn = partial(kdlib.distillation_loss, temperature=4.0, alpha=0.1)
+        targets = kdlib.LiveTeacher(teacher)
     if case == STUDENT:
-        logits = soft_labels.generate(teacher, images, 2, device=device, progress=False)
-        made = {"data": f"{images.name} {images.fingerprint}"}
-        loss_fn = kdlib.Distillation(kdlib.SoftLabels(torch.from_numpy(logits), made), 4.0, 0.1)
-    elif case == LIVE:
-        loss_fn = kdlib.Distillation(kdlib.LiveTeacher(teacher, {}), 4.0, 0.1)
+        views = 2
+        logits = torch.from_numpy(kdlib.generate(teacher, images, views, device=device, progress=False))
+        targets = kdlib.SoftLabels(logits, data=images.identity)
     model = kdlib.build(network, 10, s.channels)
-    views = 2 if case == STUDENT else None
     recipe = kdlib.Recipe(1 + s.epochs, s.batch_size, 0.05, views=views)
-    history = kdlib.train(model, images, loss_fn, recipe, device=device, progress=False)
+    history = kdlib.train(model, images, loss_fn, recipe, targets=targets, device=device, progress=False)
     return history.seconds[0], float(np.median(np.diff(history.seconds)))
 
 
@@ -153,7 +149,7 @@ def kdlib_epochs(case: str, network: str, s: Setting, count: int, device: torch.
 
 
 class Pictures(Dataset):
-    """Images as tutorials have them: PIL pictures that go through torchvision's transforms, one by one."""
+    """Images as in most tutorials: PIL pictures that go through torchvision's transforms, one by one."""
 
     def __init__(self, images: data.ImageSet, augment: bool):
         self.pixels, self.labels, s = images.images.numpy(), images.labels.numpy(), images
@@ -171,10 +167,10 @@ class Pictures(Dataset):
 
 
 def tutorial_epoch(case: str, network: str, s: Setting, count: int, device: torch.device, workers: int) -> float:
-    """Seconds an epoch of the same work, as most tutorials write it.
+    """Seconds per epoch of the same work, as most tutorials write it.
 
-    float32 with TF32 as PyTorch sets it, cuDNN's autotuning on, `.item()` in every step; the student's teacher answers
-    live, or its answers are looked up by the image's index.
+    float32 with TF32 as PyTorch sets it, cuDNN's autotuning on, `.item()` in every step; the teacher runs in the loop,
+    or its logits are looked up by the image's index.
     """
     images = noise(s, count)
     loader = DataLoader(
@@ -205,8 +201,8 @@ def tutorial_epoch(case: str, network: str, s: Setting, count: int, device: torc
             loss = F.cross_entropy(logits, labels)
             if case != TEACHER:
                 with torch.no_grad():
-                    answers = teacher(pictures) if case == LIVE else looked_up[indices.to(device)]
-                soft = F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(answers / 4, 1), reduction="batchmean")
+                    targets = teacher(pictures) if case == LIVE else looked_up[indices.to(device)]
+                soft = F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(targets / 4, 1), reduction="batchmean")
                 loss = 0.1 * loss + 0.9 * 16 * soft
             optimizer.zero_grad()
             loss.backward()
@@ -223,7 +219,7 @@ def tutorial_epoch(case: str, network: str, s: Setting, count: int, device: torc
         torch.backends.cudnn.benchmark = before
 
 
-# --- the table -----------------------------------------------------------------------------------------------------
+# --- beside each other ---------------------------------------------------------------------------------------------
 
 
 def measure(case: str, network: str, s: Setting, device: torch.device, peak: float) -> dict:
@@ -237,7 +233,7 @@ def measure(case: str, network: str, s: Setting, device: torch.device, peak: flo
     count = int(s.images * s.tutorial_share)
     tutorial = {w: tutorial_epoch(case, network, s, count, device, w) * s.images / count for w in s.workers}
     best = min(tutorial, key=tutorial.get)
-    # backwards costs about twice what forwards does
+    # a backward pass costs about twice a forward pass
     work = forward_flops(network, s) * (1 if case == SOFT_LABELS else 3)
     work += forward_flops(s.teacher, s) if case == LIVE else 0
     flops = work * s.images / epoch
@@ -259,76 +255,13 @@ def measure(case: str, network: str, s: Setting, device: torch.device, peak: flo
     }
 
 
-def rows(found: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of times."""
-    header = ["case", "network", "images/s", "s an epoch", "tutorial loop, s", "times as fast"]
-    lines = []
-    for r in found["cases"]:
-        workers = f"{r['tutorial_workers']} worker{'' if r['tutorial_workers'] == 1 else 's'}"
-        lines.append(
-            [
-                r["case"],
-                r["network"],
-                f"{r['images_a_second']:,.0f}",
-                f"{r['seconds_an_epoch']:.3g}",
-                f"{r['tutorial_seconds_an_epoch']:.3g} ({workers})",
-                f"{r['times_as_fast']:.1f}",
-            ]
-        )
-    return header, lines
-
-
-def limit_rows(found: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of how near the device's limits that is."""
-    header = ["case", "network", "first epoch, s", "TFLOP/s", "of a matrix product", "peak memory, GB"]
-    lines = []
-    for r in found["cases"]:
-        memory = "–" if r["peak_memory_gb"] is None else f"{r['peak_memory_gb']:.1f}"
-        share = f"{r['share_of_matrix_product']:.0%}"
-        lines.append([r["case"], r["network"], f"{r['seconds_before']:.3g}", f"{r['tflops']:.3g}", share, memory])
-    return header, lines
-
-
-def growth_rows(found: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of how an epoch's time grows with the number of images."""
-    header = ["seconds an epoch", "network", *(f"{int(n):,} images" for n in found["cases"][0]["seconds_by_images"])]
-    times = ([f"{seconds:.3g}" for seconds in r["seconds_by_images"].values()] for r in found["cases"])
-    return header, [[r["case"], r["network"], *own] for r, own in zip(found["cases"], times, strict=True)]
-
-
-def shown(found: dict) -> str:
-    """The tables in Markdown, with what they were measured on."""
-    batch = found["cases"][0]["batch_size"]
-    times, limits, growth = (plots.table(*table(found)).data for table in (rows, limit_rows, growth_rows))
-    where = (
-        f"{found['device']}, torch {found['torch']}, {found['date']}; batches of {batch}; a large matrix product "
-        f"reaches {found['matrix_tflops']:.3g} TFLOP/s there."
-    )
-    return f"\n{times}\n\n{limits}\n\n{where}\n\n{growth}\n\n"
-
-
-def publish(found: dict) -> None:
-    """Keep a bench in book/published, and show it on its page: a GPU's where there is one."""
-    artefacts.save_json(PUBLISHED / f"bench-{found['kind']}.json", found)
-    parts = re.split(r"(<!-- bench: (?:begin|end) -->\n?)", PAGE.read_text(encoding="utf-8"))
-    if len(parts) == 5:
-        parts[2] = shown(recorded())
-        PAGE.write_text("".join(parts), encoding="utf-8")
-
-
-def recorded() -> dict:
-    """The published bench: a GPU's where there is one, otherwise a CPU's."""
-    path = next(path for kind in ("cuda", "cpu") if (path := PUBLISHED / f"bench-{kind}.json").exists())
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--publish", action="store_true", help="keep the result in book/published and show it")
     parser.add_argument("--images", type=int, help="training images, instead of what the device's setting has")
     options = parser.parse_args(arguments)
-    device = pick_device()
+    device = gpu.pick_device()
     s = setting(device)
     if options.images is not None:
         least = 8 * s.batch_size
@@ -337,11 +270,11 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         s = dataclasses.replace(s, images=options.images)
     if device.type == "cpu":
-        torch.set_num_threads(1)  # as profile quick does: networks so small gain nothing from a second thread
+        torch.set_num_threads(1)  # as at profile quick: networks this small gain nothing from a second thread
     peak = matrix_flops(s.matrix, device)
     found = {
         "kind": device.type,
-        "device": artefacts.device_name(device),
+        "device": gpu.device_name(device),
         "torch": torch.__version__.partition("+")[0],
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "matrix_tflops": peak / 1e12,
@@ -353,8 +286,8 @@ def main(arguments: list[str] | None = None) -> int:
     path = profiles.outputs_folder() / f"bench-{device.type}.json"
     artefacts.save_json(path, found)
     if options.publish:
-        publish(found)
-    for table in (rows, limit_rows, growth_rows):
+        bench_page.publish(found)
+    for table in (bench_page.rows, bench_page.limit_rows, bench_page.growth_rows):
         print("\n" + plots.text_table(*table(found)))
     print(f"\n{found['device']}; a matrix product reaches {peak / 1e12:.3g} TFLOP/s. Kept in {path}")
     return 0
