@@ -201,12 +201,13 @@ def lines(
 def heatmap(
     values, row_names: Sequence[str], column_names: Sequence[str], *, ylabel: str = "", xlabel: str = "",
     style: str = "{:.2f}", colorbar: str = "", size: tuple[float, float] = (6, 4.5), top: float | None = None,
+    bottom: float | None = None,
 ) -> Figure:  # fmt: skip
-    """A matrix as colours, each with its number in the format `style`; `top` caps the colour scale."""
+    """A matrix as colours, each with its number in the format `style`; `top` and `bottom` end the colour scale."""
     values = np.asarray(values, float)
     figure, ax = _single(size)
     top = np.nanmax(values) if top is None else top
-    shown = ax.imshow(values, cmap="Blues", vmax=top, aspect="auto")
+    shown = ax.imshow(values, cmap="Blues", vmin=bottom, vmax=top, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         if style and np.isfinite(value):
             color = "white" if value > (shown.norm.vmin + shown.norm.vmax) / 2 else "black"

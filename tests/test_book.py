@@ -159,7 +159,7 @@ def test_published_outputs(path):
         assert not {"papermill", "execution"} & set(cell.metadata)
         if cell.metadata.get("kdlib_pending"):
             assert "tidied" in stamp, "only what was carried over may lack an output"
-    assert path.stat().st_size < 700_000
+    assert path.stat().st_size < 1_000_000
 
 
 @every_chapter
@@ -173,7 +173,7 @@ def test_outputs_are_small_and_tell_nothing_of_the_machine(path):
                 assert not re.search(r"(?<![\w.])/(home|root|tmp|Users|work|mnt|var)/|\b[A-Z]:\\", text), text
             if "image/png" in data or "image/svg+xml" in data:
                 png, svg = base64.b64decode(data.get("image/png", "")), data.get("image/svg+xml", "")
-                assert len(png) < 150_000
+                assert len(png) < 250_000  # photographs, at twice the size
                 assert len(svg) < 150_000
                 alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
                 assert len(alt) > 20, f"no alt text: {cell.source}"
