@@ -55,7 +55,8 @@ class ImageSet:
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits of the SHA-256 of the content: images, labels, classes, views and scale.
 
-        It is computed once, and again after the images or labels were changed in place.
+        It is computed once, and again after the tensors of images or labels were changed in place (by PyTorch: NumPy
+        leaves no trace when it writes to memory that it shares with a tensor).
         """
         version = self.images._version, self.labels._version
         if self.__dict__.get("_fingerprint", (None,))[0] != version:
@@ -142,10 +143,13 @@ class ImageSet:
         moved.__dict__["_fingerprint"] = (images._version, labels._version), self.fingerprint
         return moved
 
-    @cached_property
+    @property
     def _padded(self) -> Tensor:
-        edge = self.padding
-        return torch.nn.functional.pad(self.images, (0, 0, edge, edge, edge, edge)) if edge else self.images
+        edge, version = self.padding, self.images._version
+        if edge and self.__dict__.get("_bordered", (None,))[0] != version:  # once, and again after a change in place
+            bordered = torch.nn.functional.pad(self.images, (0, 0, edge, edge, edge, edge))
+            self.__dict__["_bordered"] = version, bordered
+        return self.__dict__["_bordered"][1] if edge else self.images
 
     @cached_property
     def _scale_shift(self) -> tuple[Tensor, Tensor]:

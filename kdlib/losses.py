@@ -5,6 +5,7 @@ Hinton, Vinyals & Dean, *Distilling the Knowledge in a Neural Network*, arXiv 15
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -67,7 +68,8 @@ def distillation_terms(
     _check_tensors(student_logits, teacher_logits, labels)
     student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits.detach())
     if student_logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_values(student_logits, teacher_logits, labels, temperature)
+        with contextlib.suppress(RuntimeError):  # under torch.func.vmap no value can be read
+            _check_values(student_logits, teacher_logits, labels, temperature)
     hard = None if labels is None else _cross_entropy(student_logits, labels)
     log_student = F.log_softmax(student_logits / temperature, dim=1)
     log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
@@ -120,7 +122,7 @@ def check_weights(temperature: float, alpha: float, beta: float | None = None) -
 def _is_finite(value: object) -> bool:
     try:
         return math.isfinite(value)
-    except (TypeError, ValueError):  # no number at all
+    except (TypeError, ValueError, OverflowError):  # no number at all, or too large for one
         return False
 
 

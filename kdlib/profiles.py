@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,7 +163,10 @@ def notebook_settings(variables: Mapping[str, object]) -> Profile:
         TypeError: a variable that is no parameter of the notebook.
         ValueError: as for :func:`resolve`.
     """
-    declared = [name for name in variables.get("__annotations__", {}) if name in ("profile", "run", *PARAMETERS)]
+    annotations = variables.get("__annotations__")
+    if annotations is None:  # from Python 3.14 on they are computed when the module is asked for them
+        annotations = getattr(sys.modules.get(variables.get("__name__")), "__annotations__", {})
+    declared = [name for name in annotations if name in ("profile", "run", *PARAMETERS)]
     if "settings" not in variables:  # run again in the same notebook, there are the notebook's own variables too
         for name, value in variables.items():
             plain = value is None or isinstance(value, (str, int, float, bool, list, dict))

@@ -100,7 +100,7 @@ def load_student(settings: Profile, data: Data, teacher: Network, role: str, net
     """
     recipe, note = dataclasses.replace(settings.student_recipe, seed=seed), ""
     if settings.start_from == "published":
-        if student := _recorded_student(settings, data, settings.file(role, network, seed), network):
+        if student := _recorded_student(settings, data, role, network, seed):
             return student
         views = min(data.train.resolve_views(recipe.views), teacher.soft_labels.views)
         recipe = dataclasses.replace(recipe, views=views)  # both roles alike, so that they see the same images
@@ -137,7 +137,10 @@ def measured(settings: Profile, name: str, compute: Callable[[], object]) -> obj
         recorded with these settings, and a printed line says so.
     """
     if settings.start_from == "published":
-        path = _optional(settings, "measured.json") if _as_recorded(settings) else None
+        path = _optional(settings, "measured.json")
+        made_from = artefacts.record(path)["fingerprint"] if path else {}
+        if made_from.get("settings") != described(settings) or made_from.get("n_seeds") not in (None, settings.n_seeds):
+            path = None
         values = json.loads(path.read_text(encoding="utf-8")) if path else {}
         if name not in values:
             print(
@@ -216,15 +219,24 @@ def _recorded_teacher(settings: Profile, data: Data) -> Network:
         f"{settings.name}: {soft_labels.views} view{'s' if soft_labels.views > 1 else ''} of each training image, and "
         f"the clean validation and test images. {_measured_on(teacher.provenance)}"
     )
+    recorded, wanted = _known(settings).get("settings", {}).get("teacher_recipe"), described(settings)["teacher_recipe"]
+    if recorded not in (None, wanted):
+        other = ", ".join(f"{name} {value}" for name, value in recorded.items() if value != wanted[name])
+        teacher.note += f" It was trained with {other}, whatever this run's parameters say."
     return teacher
 
 
-def _recorded_student(settings: Profile, data: Data, file: str, network: str) -> Network | None:
-    """What is recorded of the student whose weights are named `file`; None with other settings."""
-    logits = recorded_logits(settings, data).get(file) if _as_recorded(settings) else None
-    if logits is None:
+def _recorded_student(settings: Profile, data: Data, role: str, network: str, seed: int) -> Network | None:
+    """What is recorded of a student; None with other settings, or if not all that it is compared with is recorded.
+
+    The recorded ones may have seen more views than those that are trained here: the two do not mix.
+    """
+    logits = recorded_logits(settings, data) if _as_recorded(settings) else {}
+    wanted = {settings.file(r, network, s) for r in ("student", "distilled") for s in settings.seeds}
+    file = settings.file(role, network, seed)
+    if not wanted | {file} <= logits.keys():
         return None
-    student = _recorded(settings, data, file, network, logits)
+    student = _recorded(settings, data, file, network, logits[file])
     student.note = f"The students' logits are recorded ones, too. {_measured_on(student.provenance)}"
     return student
 

@@ -93,9 +93,10 @@ class LiveTeacher(Targets):
                 "change; call teacher.eval(), and keep the teacher out of any module whose train() is called"
             )
         device = batch.images.device
+        if self._layout is None:
+            self._layout = gpu.place(self.model, device, batch.images)
+            self._run = gpu.optimize_for_gpu(self.model, device, self._layout, for_inference=True)
         with torch.no_grad(), gpu.mixed_precision(device):
-            if self._layout is None:
-                self._layout = gpu.place(self.model, device, batch.images)
             return at_least_float32(self._run(gpu.lay_out(batch.images, self._layout)))
 
     @property
@@ -104,11 +105,8 @@ class LiveTeacher(Targets):
         return {"live_teacher": identity.network(self.model), "weights": identity.weights(self.model)}
 
     def to(self, device: torch.device | str) -> LiveTeacher:
-        """The same in the memory of `device`, where a GPU runs it with fewer passes over memory."""
-        device = torch.device(device)
-        moved = LiveTeacher(self.model.to(device))
-        moved._run = gpu.optimize_for_gpu(self.model, device, for_inference=True)
-        return moved
+        """The same in the memory of `device`."""
+        return LiveTeacher(self.model.to(device))
 
     def check(self, data: ImageSet, recipe: Recipe) -> None:
         """Put the teacher into eval mode."""
@@ -133,7 +131,8 @@ def generate(
     views = data.resolve_views(views)
     device = gpu.pick_device(device)
     data = data.to(device)
-    teacher = gpu.optimize_for_gpu(teacher.to(device).eval(), device, for_inference=True)
+    layout = gpu.place(teacher.eval(), device, data.example)
+    teacher = gpu.optimize_for_gpu(teacher, device, layout, for_inference=True)
     logits = np.empty((views, len(data), data.classes), np.float16)
     largest = float(np.finfo(np.float16).max)  # a hardly trained teacher may exceed it; infinity would end the training
     with progress_bar(views, progress, unit="view") as bar:

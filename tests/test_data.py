@@ -278,3 +278,12 @@ def test_a_change_in_place_is_another_content(image_set):
     data.images[0] += 1
     assert len({before, noisy, data.fingerprint}) == 3
     assert data.to("cpu").identity == f"{data.name} {data.fingerprint}"
+
+
+def test_a_view_is_of_the_images_as_they_are_now(image_set):
+    data = image_set(padding=1)
+    every = torch.arange(len(data))
+    data.batch(every, every * 0 + 1)
+    data.images.copy_(255 - data.images)
+    again = replace(data, images=data.images.clone())
+    assert torch.equal(data.batch(every, every * 0 + 1), again.batch(every, every * 0 + 1))

@@ -359,7 +359,7 @@ def test_targets_of_ones_own_may_change(image_set, toy_teacher):
     data = image_set()
     for targets in (None, LiveTeacher(toy_teacher(data))):
         assert training._identify_objective(F.cross_entropy, targets) == identify(F.cross_entropy)
-    with pytest.raises(IdentityError, match="the targets are a function of your own, which may change"):
+    with pytest.raises(IdentityError, match="the targets are of your own making, and may change"):
         training._identify_objective(F.cross_entropy, lambda batch: None)
 
 
@@ -458,3 +458,11 @@ def test_a_loss_that_cannot_be_identified_trains_and_says_so(cuda, image_set):
             progress=False,
         )
     assert all(map(math.isfinite, history.loss))
+
+
+@pytest.mark.parametrize("for_inference", [False, True])
+def test_a_network_that_needs_contiguous_maps_is_not_fused(monkeypatch, for_inference):
+    model = build("digits_cnn", 10, 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    device = torch.device("cuda")
+    assert optimize_for_gpu(model, device, torch.contiguous_format, for_inference=for_inference) is model

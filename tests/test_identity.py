@@ -935,3 +935,41 @@ def test_the_same_things_have_the_same_identities_in_another_process(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads(json.dumps(asked()))
+
+
+@dataclasses.dataclass
+class Tempered:
+    """An objective with state beside its fields."""
+
+    temperature: dataclasses.InitVar[float]
+
+    def __post_init__(self, temperature):
+        self.keywords = {"temperature": temperature}
+
+    def __call__(self, student_logits, labels):
+        return F.cross_entropy(student_logits / self.keywords["temperature"], labels)
+
+
+def test_what_a_dataclass_holds_beside_its_fields_counts():
+    assert identify(Tempered(1.0)) == identify(Tempered(1.0)) != identify(Tempered(20.0))
+
+
+def from_the_environment(student_logits, labels):
+    return F.cross_entropy(student_logits / float(os.environ["TEMPERATURE"]), labels)
+
+
+def from_a_generator(student_logits, labels):
+    return F.cross_entropy(student_logits * np.random.uniform(), labels)  # noqa: NPY002
+
+
+class ReadsTheEnvironment(nn.Module):
+    def forward(self, images):
+        return images * float(os.getenv("FACTOR", "1"))
+
+
+def test_state_of_a_library_is_no_code():
+    for objective, what in ((from_the_environment, "os.environ"), (from_a_generator, "np.random.uniform")):
+        with pytest.raises(IdentityError, match=f"reads the global {what}"):
+            identify(objective)
+    with pytest.raises(IdentityError, match=r"reads the global os\.getenv"):
+        network(ReadsTheEnvironment())

@@ -502,3 +502,15 @@ def test_it_can_be_differentiated_by_torch_func():
     loss_of_rows, pull_back = torch.func.vjp(lambda x: loss(x, TEACHER, LABELS), STUDENT)
     assert torch.equal(loss_of_rows, loss(STUDENT, TEACHER, LABELS))
     torch.testing.assert_close(pull_back(torch.ones_like(loss_of_rows))[0], wanted)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch has no batching rule for kl_div
+def test_it_can_be_vectorised_over_models():
+    student, teacher = torch.randn(3, 5, 4), torch.randn(3, 5, 4)
+    labels = torch.zeros(5, dtype=torch.int64)
+
+    def loss(s, t):
+        return distillation_loss(s, t, labels, temperature=4, alpha=0.1)
+
+    each = torch.stack([loss(s, t) for s, t in zip(student, teacher, strict=True)])
+    assert torch.allclose(torch.func.vmap(loss)(student, teacher), each)

@@ -311,6 +311,21 @@ def test_with_other_settings_the_students_are_trained_from_the_recorded_soft_lab
     assert measured(again, "latency_ms", pytest.fail) is None
 
 
+def test_recorded_students_do_not_mix_with_those_that_are_trained_here(run, published):
+    """The recorded ones have seen nine views, the others can see three only."""
+    _, settings, data, *_ = run
+    again = replace(settings, start_from="published", n_seeds=settings.n_seeds + 1, run="more")
+    teacher = load_teacher(again, data)
+    assert load_student(again, data, teacher, "student", "perceptron", 0).path.exists()
+    assert measured(again, "latency_ms", pytest.fail) is None
+
+
+def test_a_page_says_if_the_recorded_teacher_was_trained_otherwise(run, published):
+    _, settings, data, *_ = run
+    other = replace(settings, start_from="published", teacher_recipe=replace(settings.teacher_recipe, epochs=7, seed=3))
+    assert "It was trained with epochs 2, seed 0, whatever" in load_teacher(other, data).note
+
+
 def test_an_incomplete_run_is_not_published(run, published, tmp_path, monkeypatch, capsys):
     folder, settings, *_ = run
     publishing, records = published

@@ -839,3 +839,15 @@ def test_a_network_registered_again_under_its_name_is_not_handed_the_old_ones_we
     assert same(weights(second.model), weights(alone))
     monkeypatch.setitem(training.NETWORKS, "mine", registered)
     assert same(weights(go().model), weights(first.model))
+
+
+def test_weights_that_are_not_finite_are_not_kept(image_set, tmp_path):
+    """A loss may be finite in the last step and its gradient infinite."""
+    data, recipe = image_set(8), Recipe(epochs=1, batch_size=8, learning_rate=0.1)
+    with pytest.raises(FloatingPointError, match="stopped being finite at step 0 of 1"):
+        load_or_train(tmp_path, "student.pth", "perceptron", data, infinite_gradient, recipe, progress=False)
+    assert not (tmp_path / "student.pth").exists()
+
+
+def infinite_gradient(student_logits, labels):
+    return (student_logits - student_logits.detach()).abs().sum().sqrt()

@@ -63,6 +63,8 @@ def read_parameters(text: str, selected: list[Chapter]) -> dict[Chapter, dict]:
             names = ", ".join(sorted(hints.keys() - {"profile"})) or "none, they have no parameters"
             raise Refused(f"parameter {name!r} is unknown to the chapters {numbers}: expected one of {names}{hint}")
         values[name] = parse(name, value, hints[name])
+    if (own := values.get("dataset")) and Path(own).expanduser().exists():  # the kernels' working folder is book/
+        values["dataset"] = str(Path(own).expanduser().resolve())
     if values:
         values.setdefault("run", artefacts.digest(values))
     return {chapter: {n: v for n, v in values.items() if n in own} for chapter, own in known.items()}

@@ -74,8 +74,12 @@ def keep_run(profile: profiles.Profile, folder: Path) -> None:
     histories = json.dumps({file: known["history"] for file, known in records.items()}) + "\n"
     more = {"settings": published.described(profile), "networks": about}
     keep(folder / "histories.json", histories.encode(), made_from, made, **more)
-    if (figures := profile.folder / "measured.json").exists():
-        keep(folder / figures.name, figures.read_bytes(), {"settings": more["settings"]}, made)
+    figures, of_run = profile.folder / "measured.json", {"settings": more["settings"], "n_seeds": profile.n_seeds}
+    if figures.exists():
+        keep(folder / figures.name, figures.read_bytes(), of_run, made)
+    else:  # those of an earlier run are not this one's
+        for path in folder.glob("measured.json*"):
+            path.unlink()
     print(f"{folder}: {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB")
 
 

@@ -1,7 +1,7 @@
 """Speed, and never results beyond rounding: where a network runs, in which precision, and with which operations.
 
-Training calls :class:`Engine`, and ``fast=False`` there turns everything off that is not plain PyTorch: half precision,
-fused operations and the recorded step. On a CPU there is nothing to turn off.
+Training calls :class:`Engine`, and ``fast=False`` there turns off what is not plain PyTorch in the student's step: half
+precision, fused operations and the recorded step. On a CPU there is nothing to turn off.
 """
 
 from __future__ import annotations
@@ -93,14 +93,22 @@ def lay_out(images: Tensor, layout: torch.memory_format) -> Tensor:
     return images.clone(memory_format=layout)
 
 
-def optimize_for_gpu(model: nn.Module, device: torch.device, *, for_inference: bool = False) -> nn.Module:
+def optimize_for_gpu(
+    model: nn.Module,
+    device: torch.device,
+    layout: torch.memory_format = torch.channels_last,
+    *,
+    for_inference: bool = False,
+) -> nn.Module:
     """`model` with fewer passes over memory (see :mod:`kdlib.gpu.fused`); off a GPU, or without Triton, as it is.
 
     Args:
         model: in the memory of `device`.
+        layout: what :func:`place` returned. Fused operations are written for channels last: a network that needs its
+            feature maps contiguous stays as it is.
         for_inference: whether only its outputs in eval mode are wanted; otherwise the result trains `model`'s weights.
     """
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if device.type != "cuda" or layout != torch.channels_last or importlib.util.find_spec("triton") is None:
         return model
     from kdlib.gpu import fused  # here, since it cannot be imported everywhere
 
@@ -119,7 +127,7 @@ class Engine:
     def __init__(self, model: nn.Module, device: torch.device, images: Tensor, *, fast: bool = True):
         self.device, self.fast = device, fast and device.type == "cuda"
         self.layout = place(model, device, images)
-        self.network = optimize_for_gpu(model, device) if self.fast else model
+        self.network = optimize_for_gpu(model, device, self.layout) if self.fast else model
         # float16 holds no small gradients: they are scaled up, and the optimiser's step scales them down again
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.fast and half_precision(device) == torch.float16)
 
@@ -197,7 +205,11 @@ class CUDAGraphStep:
         return self.loss
 
     def _record(self, batch: Batch) -> None:
-        if self.objective() != self.known:
+        try:
+            constant = self.objective() == self.known
+        except TypeError:  # it can no longer be identified
+            constant = False
+        if not constant:
             changed = "the objective changes during training: its steps are not recorded as a CUDA graph"
             warnings.warn(changed, stacklevel=3)
             return

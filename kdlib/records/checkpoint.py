@@ -37,7 +37,9 @@ class Checkpoint:
         try:
             state = torch.load(self.path, weights_only=True)
             if state["key"] != self.key:
-                raise ValueError("it is of a run with another network, other data, another objective or recipe")
+                raise ValueError(
+                    "it is of a run with another network, other first weights, other data, another objective or recipe"
+                )
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.generator.set_state(state["generator"].cpu())

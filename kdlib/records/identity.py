@@ -39,7 +39,10 @@ _WRITTEN_OUT = (bytes, complex, range, slice, type(...), enum.Enum, logging.Logg
 _WRITTEN_OUT += (torch.dtype, torch.memory_format, torch.layout)
 _CONTAINERS = (list, tuple, dict, set, frozenset, str, int, float)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, np.ufunc, type)
-_BY_STRING = {"eval", "exec", "globals", "locals", "vars", "__import__"}  # what these read shows in no name
+# what these read shows in no name
+_BY_STRING = {"eval", "exec", "globals", "locals", "vars", "__import__", "open", "input"}
+# of libraries, what gives another value at another time
+_STATE = ("random", "numpy.random", "os.environ", "os.getenv", "sys", "time", "datetime")
 _MODULE_STATE = {*vars(nn.Module()), "training", "_compiled_call_impl", "_is_torch_compile"}
 # of a class, what is not its code
 _CLASS_EXTRAS = {"__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__slots__"}
@@ -93,7 +96,9 @@ def _identify(thing: object, seen: dict) -> object:
             return f"{thing.__name__} ({release})"
         raise IdentityError(f"module {thing.__name__} as a whole may hold anything: name what is used of it")
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        values = {field.name: _identify(getattr(thing, field.name), seen) for field in dataclasses.fields(thing)}
+        values = {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
+        values |= getattr(thing, "__dict__", {})  # what __post_init__ and others have added
+        values = {name: _identify(value, seen) for name, value in values.items()}
         return {"class": _identify(type(thing), seen), "values": values}
     if isinstance(thing, functools._lru_cache_wrapper):
         return _identify(thing.__wrapped__, seen)
@@ -237,8 +242,8 @@ def _function_parts(function: types.FunctionType, seen: dict) -> dict:
         value = inner.__globals__.get(used)
         while isinstance(value, types.ModuleType) and not release_of(value.__name__) and path:
             used, value, path = f"{used}.{path[0]}", getattr(value, path[0], None), path[1:]
-        if _may_change(value, seen) or (value is None and used in _BY_STRING):
-            raise IdentityError(f"{name} reads the global {used}, which may change: {BIND}")
+        if _may_change(value, seen) or (value is None and used in _BY_STRING) or _is_state(value, path):
+            raise IdentityError(f"{name} reads the global {'.'.join([used, *path])}, which may change: {BIND}")
         try:
             uses[used] = _identify(value, seen)
         except IdentityError as error:
@@ -246,6 +251,12 @@ def _function_parts(function: types.FunctionType, seen: dict) -> dict:
     own = {key: value for key, value in vars(inner).items() if not key.startswith("__")}
     values = [_identify(value, seen) for value in (inner.__defaults__, inner.__kwdefaults__, own)]
     return {"code": ast.unparse(tree), "values": values, "uses": dict(sorted(uses.items()))}
+
+
+def _is_state(value: object, path: list[str]) -> bool:
+    """Whether a library's module, with the attributes that follow it, names state instead of code."""
+    whole = ".".join([value.__name__, *path]) + "." if isinstance(value, types.ModuleType) else ""
+    return whole.startswith(tuple(f"{name}." for name in _STATE))
 
 
 def _may_change(value: object, seen: dict) -> bool:
