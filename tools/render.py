@@ -83,8 +83,8 @@ def stamp_note(number: str, stamp: dict | None, state=None) -> str:
         text += f". Outputs of commit {stamp['tidied']['commit']}; the code has been rewritten since"
         text += f" ({stamp['tidied']['proof']})"
     elif state is not None and state.kind == "tidied":
-        at = f" at commit {state.commit}" if state.commit else ""
-        text += f". Run{at}; the code has been tidied since and computes the same"
+        text += f". Run at commit {state.commit}; the" if state.commit else ". The"
+        text += " code has been tidied since and computes the same"
     if state is not None and state.kind not in SETTLED:
         kind, profile = "warning", stamp["profile"]
         text += f". **It may not hold any more** ({state}): `make publish PROFILE={profile} CHAPTERS={number}` "
