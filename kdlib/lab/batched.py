@@ -144,9 +144,10 @@ def _grouped(loss_fns: Sequence[Callable], targets: Sequence[Callable | None]) -
         except IdentityError:
             return id(thing)
 
+    keys = {id(thing): key(thing) for thing in {id(thing): thing for thing in (*loss_fns, *targets)}.values()}
     groups: dict[tuple, list[int]] = {}
     for number, pair in enumerate(zip(loss_fns, targets, strict=True)):
-        groups.setdefault(tuple(map(key, pair)), []).append(number)
+        groups.setdefault(tuple(keys[id(thing)] for thing in pair), []).append(number)
     return list(groups.values())
 
 
