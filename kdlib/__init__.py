@@ -1,14 +1,15 @@
 """kdlib: the code that the chapters of *Knowledge Distillation, Measured* share. Read it in this order:
 
 data         images, views, batches, augmentation    soft_labels  the teacher's logits, saved or live
-datasets     where images come from                  profiles     quick and full: data set, networks, recipes
-models       the networks                            published    what the repository holds, without a teacher
-losses       the distillation loss                   plots        every figure and table of the book
+datasets     where images come from                  profiles     quick, laptop, full: data, networks, recipes
+splits       training, validation, test              published    what the repository holds, without a teacher
+models       the networks                            plots        every figure and table of the book
+losses       the distillation loss
 evaluate     logits, accuracy, calibration, latency
 train        one loop for everybody
 
-records/ saves what was computed and uses it again only if it is what is wanted; gpu/ makes it fast, and changes no
-result beyond rounding; lab/ is part two's bench, which nothing here needs.
+sources/ reads files and folders of images; records/ saves what was computed and uses it again only if it is what is
+wanted; gpu/ makes it fast, and changes no result beyond rounding; lab/ is part two's bench, which nothing here needs.
 """
 
 from kdlib.datasets import load_data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -97,6 +98,35 @@ class TinyCNN(nn.Module):
         return self.classifier(F.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
+class MLP(nn.Module):
+    """Hidden layers of ReLU units over the raw pixels: the paper's networks for MNIST have two of one width."""
+
+    def __init__(self, hidden: tuple[int, ...], classes: int, channels: int = 1, pixels: int = 28 * 28):
+        super().__init__()
+        widths = [pixels * channels, *hidden]
+        layers = [x for i, o in itertools.pairwise(widths) for x in (nn.Linear(i, o), nn.ReLU())]
+        self.layers = nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], classes))
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, classes)
+        return self.layers(images)
+
+
+class LeNet(nn.Module):
+    """Two 5x5 convolutions with ReLU and max-pooling, and a hidden layer, in the manner of LeCun et al., 1998."""
+
+    def __init__(self, widths: tuple[int, int], classes: int, channels: int = 1, hidden: int = 128):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, widths[0], 5, padding=2)
+        self.conv2 = nn.Conv2d(widths[0], widths[1], 5, padding=2)
+        self.hidden = nn.Linear(49 * widths[1], hidden)
+        self.classifier = nn.Linear(hidden, classes)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, 28, 28) -> (B, classes)
+        x = F.max_pool2d(F.relu(self.conv1(images)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return self.classifier(F.relu(self.hidden(x.flatten(1))))
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut (He et al., arXiv 1512.03385)."""
 
@@ -148,6 +178,8 @@ NETWORKS = {
     "digits_cnn": functools.partial(PlainCNN, (16, 48)),  # the teacher of profile quick
     "perceptron": Perceptron,  # the student of profile quick
     "tiny_cnn": TinyCNN,
+    "lenet": functools.partial(LeNet, (16, 32)),  # the teacher of profile laptop
+    "mlp100": functools.partial(MLP, (100,)),  # the student of profile laptop
 }
 
 

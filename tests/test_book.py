@@ -424,7 +424,7 @@ BREAKS = {
     ),
     "another validation split": (
         "01",
-        "datasets.py",
+        "splits.py",
         {"stratified(labels[::-1]": "stratified(labels", "np.sort(len(labels) - 1 - held_out)": "np.sort(held_out)"},
     ),
 }

@@ -19,7 +19,9 @@ import torchvision
 from PIL import Image
 
 from kdlib.data import mean_and_std
-from kdlib.datasets import DATA_SETS, data_folder, in_canonical_order, load_data, read_npz, stratified
+from kdlib.datasets import DATA_SETS, data_folder, load_data
+from kdlib.sources.files import in_canonical_order, read_npz
+from kdlib.splits import Part, stratified
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
@@ -244,7 +246,7 @@ def test_an_unknown_data_set_is_refused_with_the_known_names(name, hint):
 
 def test_a_path_that_holds_no_data_set_is_refused_with_what_is_expected(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"mine\.npz is not there: check the path, or name one of digits, cifar10"
+        FileNotFoundError, match=r"mine\.npz': no such file or folder; expected one of digits, cifar10"
     ):
         load_data(tmp_path / "mine.npz")
     with pytest.raises(
@@ -597,3 +599,29 @@ def test_a_data_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
     ):
         load_data("cifar10")
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+# --- parts of the training images -----------------------------------------------------------------------------------
+
+
+def of_images(data):
+    return {image.numpy().tobytes() for image in data.train.images}
+
+
+def test_blocks_of_the_training_images_are_disjoint_and_even_and_leave_the_rest_whole():
+    whole = load_data("digits")
+    blocks = [load_data("digits", limit=Part(30, block)) for block in range(3)]
+    for block in blocks:
+        counts = block.train.labels.bincount()
+        assert counts.max() - counts.min() <= 1
+        assert torch.equal(block.test.images, whole.test.images)
+        assert torch.equal(block.validation.images, whole.validation.images)
+    assert len(set.union(*map(of_images, blocks))) == 90
+    assert set.union(*map(of_images, blocks)) < of_images(whole)
+    assert torch.equal(blocks[0].train.images, load_data("digits", limit=30).train.images)
+
+
+@pytest.mark.parametrize("limit", [Part(50, 3), Part(151), Part(9), Part(50, -1)])
+def test_a_part_that_is_not_there_is_refused(limit):
+    with pytest.raises(ValueError, match=r"limit is Part.*expected"):
+        load_data("digits", limit=limit)

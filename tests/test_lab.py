@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,21 +16,16 @@ from torch import nn
 import kdlib
 from kdlib import lab
 from kdlib.lab import (
-    HOLDS,
-    NOT_SEEN,
-    PARTLY,
     Claim,
-    Comparison,
     RowStore,
     TrainingSetup,
     difference,
-    judge,
     load,
-    search_rate,
     train_setups,
     training,
     values,
 )
+from kdlib.published import Logits
 
 
 def rows(**cases):
@@ -48,7 +42,7 @@ def claim(*comparisons):
     return Claim("soft labels help", "somebody", comparisons)
 
 
-MORE = Comparison("accuracy", "soft", "hard")
+MORE = lab.compare("accuracy", "soft", "hard")
 
 
 def test_a_row_is_measured_once(tmp_path):
@@ -120,10 +114,7 @@ def test_finish_leaves_the_rows_asked_for_and_the_claims(tmp_path):
     assert {row["case"] for row in result["rows"]} == {"hard", "soft"}
     assert result["profile"] == "quick"
     assert result["experiment"] == "x"
-    header, table = lab.verdict_rows(result)
-    assert len(header) == len(table[0]) == 4
-    assert table[0][3] == "**holds**"
-    assert "+40.00" in table[0][2]
+    assert [one.verdict for one in lab.verdicts(result)] == [lab.SUPPORTED]
     assert len(list(tmp_path.glob("x.*.json"))) == 1  # the row that was not asked for is not lost
 
 
@@ -137,59 +128,6 @@ def test_finish_refuses_a_claim_about_what_was_not_measured(tmp_path):
 def test_a_measure_that_is_not_finite_is_refused(tmp_path):
     with pytest.raises(ValueError, match="measure 'nll' of case 'a' is nan"):
         RowStore(tmp_path / "x.json").measure("a", (0,), lambda seed: {"nll": float("nan")}, made_from={})
-
-
-def test_the_interval_is_students_over_paired_seeds():
-    result = rows(hard=[0.1, 0.2, 0.4], soft=[0.2, 0.5, 0.6])
-    mean, half, n = difference(result, "accuracy", "soft", "hard")
-    apart = np.array([0.1, 0.3, 0.2])
-    low, high = scipy.stats.t.interval(0.95, 2, apart.mean(), scipy.stats.sem(apart))
-    assert (mean, mean - half, mean + half, n) == pytest.approx((0.2, low, high, 3))
-
-
-def test_only_shared_seeds_are_compared():
-    result = rows(hard=[0.1, 0.2], soft=[0.3, 0.4, 0.9])
-    assert difference(result, "accuracy", "soft", "hard")[::2] == (pytest.approx(0.2), 2)
-    result["rows"] = [row for row in result["rows"] if (row["case"], row["seed"]) != ("hard", 1)]
-    _mean, half, n = difference(result, "accuracy", "soft", "hard")
-    assert n == 1
-    assert half == np.inf
-    assert judge(claim(MORE), result).verdict == NOT_SEEN
-
-
-@pytest.mark.parametrize(
-    ("comparison", "soft", "verdict"),
-    [
-        (MORE, [0.60, 0.62, 0.61], HOLDS),
-        (MORE, [0.40, 0.42, 0.41], NOT_SEEN),
-        (MORE, [0.60, 0.40, 0.80], NOT_SEEN),  # more on average, and well within the noise
-        (Comparison("accuracy", "soft", "hard", margin=0.2), [0.60, 0.62, 0.61], NOT_SEEN),
-        (Comparison("accuracy", "soft", "hard", sign=-1), [0.40, 0.42, 0.41], HOLDS),
-        (Comparison("accuracy", "soft", "hard", sign=-1), [0.60, 0.62, 0.61], NOT_SEEN),
-        (Comparison("accuracy", "soft", "hard", margin=0.05, sign=0), [0.50, 0.505, 0.495], HOLDS),
-        (Comparison("accuracy", "soft", "hard", margin=0.05, sign=0), [0.60, 0.62, 0.61], NOT_SEEN),
-        (Comparison("accuracy", "soft", "hard", margin=0.05, sign=0), [0.30, 0.70, 0.50], NOT_SEEN),  # who knows
-        (Comparison("accuracy", "soft", 0.55), [0.60, 0.62, 0.61], HOLDS),
-        (Comparison("accuracy", "soft", 0.65), [0.60, 0.62, 0.61], NOT_SEEN),
-    ],
-)
-def test_the_rows_decide_the_verdict(comparison, soft, verdict):
-    assert judge(claim(comparison), rows(hard=[0.5, 0.5, 0.5], soft=soft)).verdict == verdict
-
-
-def test_a_claim_of_which_a_part_is_borne_out_holds_partly():
-    result = rows(hard=[0.5, 0.5, 0.5], soft=[0.6, 0.62, 0.61], softer=[0.4, 0.41, 0.42])
-    both = claim(MORE, Comparison("accuracy", "softer", "hard"))
-    judged = judge(both, result)
-    assert judged.verdict == PARTLY
-    assert judged.figure.count("n = 3") == 2
-
-
-def test_a_figure_is_in_its_unit():
-    result = rows(hard=[5, 5, 5], soft=[9, 10, 8])
-    errors = judge(claim(Comparison("accuracy", "soft", "hard", unit="errors")), result)
-    assert errors.figure.startswith("+4.00 ± 2.48 errors")
-    assert judge(claim(MORE), rows(hard=[0.5] * 3, soft=[0.51] * 3)).figure.startswith("+1.00 ± 0.00 points")
 
 
 def test_values_are_by_seed_and_name_what_is_missing():
@@ -224,25 +162,6 @@ def test_the_file_is_json_that_others_can_read(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text())["rows"][0]["accuracy"] == 0.5
 
 
-def test_the_opposite_of_a_claim_is_called_so():
-    less = judge(claim(MORE), rows(hard=[0.5] * 3, soft=[0.40, 0.42, 0.41]))
-    assert (less.verdict, less.figure.endswith("(n = 3), the other way round")) == (NOT_SEEN, True)
-    for soft in ([0.60, 0.62, 0.61], [0.60, 0.40, 0.48]):
-        assert "other way" not in judge(claim(MORE), rows(hard=[0.5] * 3, soft=soft)).figure
-
-
-def test_contradicted_is_what_lies_beyond_the_margin_on_the_wrong_side():
-    about = Comparison("accuracy", "soft", "hard", margin=0.01, sign=0)
-    apart = judge(claim(about), rows(hard=[0.5] * 3, soft=[0.40, 0.42, 0.41]))
-    assert apart.figure.endswith("(n = 3; asked for: within 1), the other way round")
-    assert "other way" not in judge(claim(about), rows(hard=[0.5] * 3, soft=[0.49, 0.52, 0.51])).figure
-    nearly = Comparison("accuracy", "soft", "hard", margin=-0.02)  # within two points below
-    short = judge(claim(nearly), rows(hard=[0.5] * 3, soft=[0.490, 0.491, 0.489]))
-    assert short.verdict == HOLDS
-    assert short.figure.endswith("(n = 3; asked for: more than -2)")
-    assert "other way" in judge(claim(nearly), rows(hard=[0.5] * 3, soft=[0.470, 0.471, 0.469])).figure
-
-
 def test_what_a_row_is_made_from_must_be_json(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         RowStore(tmp_path / "x.json").measure("a", (0,), lambda seed: {"accuracy": 0.5}, made_from={"loss": object()})
@@ -267,35 +186,6 @@ def test_a_row_of_truth_values_keeps_them_and_measures_their_share(tmp_path):
     (kept,) = {json.dumps(row["by image"]["accuracy"]) for row in result["rows"]}
     bits = np.unpackbits(np.frombuffer(base64.b64decode(json.loads(kept)["bits"]), np.uint8), count=11)
     assert bits.tolist() == [1] * 7 + [0] * 4
-
-
-def test_the_interval_allows_for_the_choice_of_the_images(tmp_path):
-    result = by_image(tmp_path, hard=0.50, soft=0.54)
-    mean, half, n = difference(result, "accuracy", "soft", "hard")
-    apart = (np.arange(400) >= 200) & (np.arange(400) < 216)  # the 16 images that only one gets correct
-    assert (mean, n) == (pytest.approx(0.04), 3)
-    assert half == pytest.approx(1.959964 * apart.std(ddof=1) / 20)  # the seeds do not differ at all
-    assert judge(claim(MORE), result).verdict == HOLDS
-    few = by_image(tmp_path / "few", images=50, hard=0.50, soft=0.54)  # the same shares: two images of 50
-    assert judge(claim(MORE), few).verdict == NOT_SEEN
-    against_a_number, half, _ = difference(result, "accuracy", "soft", 0.5)
-    assert against_a_number == pytest.approx(0.04)
-    assert half == pytest.approx(1.959964 * np.sqrt(0.54 * 0.46 / 399), rel=1e-6)
-
-
-def test_the_luck_of_seeds_and_of_images_adds_up_as_squares(tmp_path):
-    rng, store = np.random.default_rng(0), RowStore(tmp_path / "x.json")
-    correct = {case: rng.random((3, 300)) < share for case, share in {"hard": 0.5, "soft": 0.6}.items()}
-    for case, of_case in correct.items():
-        store.measure(case, range(3), lambda seed, of_case=of_case: {"accuracy": of_case[seed]}, made_from={})
-    result = store.finish()
-    half = difference(result, "accuracy", "soft", "hard")[1]
-    for row in result["rows"]:
-        del row["by image"]
-    seeds_only = difference(result, "accuracy", "soft", "hard")[1]
-    by_image = correct["soft"].mean(0) - correct["hard"].mean(0)
-    assert half == pytest.approx(np.hypot(seeds_only, 1.959964 * by_image.std(ddof=1) / np.sqrt(300)))
-    assert seeds_only < half < np.hypot(seeds_only, 0.1)
 
 
 def test_claims_stay_where_a_row_is_measured_after_them(tmp_path):
@@ -406,7 +296,6 @@ def test_what_is_published_today_is_read():
     for path in sorted((Path(__file__).parents[1] / "book" / "published").glob("*/[01][0-9]_*.json")):
         experiment = load(path)
         assert lab.cost(experiment) > 0
-        assert all(row[-1].startswith("**") for row in lab.verdict_rows(experiment)[1])
 
 
 # --- setups ---------------------------------------------------------------------------------------------------------
@@ -431,6 +320,12 @@ def soft_labels(data, seed):
     return kdlib.SoftLabels(noise + 4 * F.one_hot(data.labels, data.classes), data.identity)
 
 
+def untrained(data, seed):
+    """A teacher that was never trained."""
+    model = kdlib.build("perceptron", 10, 1, seed=seed).eval()
+    return kdlib.Network(model, None, Logits(model, data, {}), {}, 0.0)
+
+
 def test_setups_are_the_same_batched_and_in_turn(tmp_path, digits):
     clean = replace(setup(digits).recipe, views=1)
     setups = {
@@ -439,9 +334,9 @@ def test_setups_are_the_same_batched_and_in_turn(tmp_path, digits):
         "soft": replace(setup(digits, loss_fn=DISTIL), recipe=clean, targets=partial(soft_labels, digits.train)),
     }
     splits = {"validation": digits.validation, "test": digits.test}
-    teacher = kdlib.build("perceptron", 10, 1, seed=9)
+    teachers = {seed: untrained(digits, 9) for seed in (3, 4)}
     alone, together = (
-        train_setups(RowStore(tmp_path / f"{way}.json"), setups, (3, 4), splits, teacher=teacher, batched=way)
+        train_setups(RowStore(tmp_path / f"{way}.json"), setups, (3, 4), splits, teachers=teachers, batched=way)
         for way in (False, True)
     )
     for case in setups:
@@ -453,6 +348,7 @@ def test_setups_are_the_same_batched_and_in_turn(tmp_path, digits):
             assert one["agreement"] == pytest.approx(other["agreement"], abs=2e-3)
             assert 0 < one["agreement"] < 0.5  # that teacher was never trained
             assert one["diverged"] == 0
+        assert set(alone[case][0]["by image"]) == {"accuracy"}  # of the test images only
     assert alone["hard"][0]["accuracy"] > 0.3
     assert alone["hard"][0]["accuracy"] != alone["hard"][1]["accuracy"]
 
@@ -532,8 +428,10 @@ def test_whatever_decides_the_outcome_decides_whether_a_row_is_measured_again(tm
     elsewhere = train_setups(RowStore(path.with_name("0.json")), {"a": start}, (0,), {"test": digits.validation})
     assert elsewhere["a"][0]["fingerprint"] not in prints
     agreeing = {
-        train_setups(RowStore(path), {"a": start}, (0,), {"test": digits.test}, teacher=teacher)["a"][0]["fingerprint"]
-        for teacher in teachers
+        train_setups(RowStore(path), {"a": start}, (0,), {"test": digits.test}, teachers={0: untrained(digits, seed)})[
+            "a"
+        ][0]["fingerprint"]
+        for seed in (1, 2)
     }
     assert len(agreeing - prints) == 2
 
@@ -581,22 +479,131 @@ def test_cutout_and_mixup_are_trained_alone(tmp_path, digits, monkeypatch):
     assert programs == [2, 1, 1]
 
 
-def test_a_search_goes_on_beyond_the_end_where_its_best_rate_is(tmp_path, digits, monkeypatch):
-    best_at = {"low": 0.03, "inside": 0.2, "high": 100.0}
-    networks = {name: partial(small_network, hidden=k) for k, name in enumerate(best_at, 2)}
+# --- teachers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(digits, tmp_path, monkeypatch):
+    """A profile whose teachers are trained in no time, one for each seed."""
+    monkeypatch.setenv("KDLIB_OUTPUTS", str(tmp_path / "outputs"))
+    recipe = kdlib.Recipe(epochs=1, batch_size=50, learning_rate=0.1)
+    quick = kdlib.resolve("quick", teacher="perceptron", n_seeds=2)
+    return replace(quick, teacher_recipe=recipe, own_teachers=True, views=2)
+
+
+def test_each_seed_has_a_teacher_of_its_own_and_keeps_it(small, digits, capsys):
+    teachers = lab.teachers(small, digits)
+    assert list(teachers) == [0, 1, 1000, 1001]
+    assert len({kdlib.LiveTeacher(t.model).identity["weights"] for t in teachers.values()}) == 4
+    soft = lab.soft_labels_of(teachers)
+    assert soft(1).logits.shape == (2, len(digits.train), 10)
+    assert not torch.equal(soft(0).logits, soft(1).logits)
+    view = kdlib.predict_logits(teachers[1].model, digits.train, view=1)
+    torch.testing.assert_close(soft(1).logits[1].float(), view, atol=5e-3, rtol=0)
+    files = {path.name: path.stat().st_mtime_ns for path in small.folder.iterdir() if path.suffix in (".pth", ".npy")}
+    assert sorted(files)[-4:] == [f"teacher_perceptron{own}.pth" for own in ("", "_seed1", "_seed1000", "_seed1001")]
+    again = lab.teachers(small, digits)
+    assert torch.equal(again[1].soft_labels.logits, soft(1).logits)
+    assert files == {path.name: path.stat().st_mtime_ns for path in small.folder.iterdir() if path.name in files}
+
+
+def test_a_profile_without_own_teachers_has_one_for_all_seeds(small, digits):
+    teachers = lab.teachers(replace(small, own_teachers=False), digits)
+    assert len({id(teacher) for teacher in teachers.values()}) == 1
+
+
+def test_other_teachers_have_files_and_an_objective_of_their_own(small, digits):
+    smooth = partial(F.cross_entropy, label_smoothing=0.2)
+    few = kdlib.load_data("digits", limit=60).train
+    teachers = {
+        "plain": lab.teachers(small, digits),
+        "smooth": lab.teachers(small, digits, loss_fn=smooth, name="smooth"),
+        "longer": lab.teachers(small, digits, recipe=replace(small.teacher_recipe, epochs=2), name="longer"),
+        "few": lab.teachers(small, digits, images=few, name="few"),
+    }
+    weights = {name: kdlib.LiveTeacher(t[1].model).identity["weights"] for name, t in teachers.items()}
+    assert len(set(weights.values())) == 4
+    assert teachers["smooth"][1].path.name == "teacher_smooth_seed1.pth"
+    assert teachers["few"][1].soft_labels.data == digits.train.identity  # of all training images all the same
+
+
+# --- search ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def peaks(monkeypatch):
+    """In place of training: a student is best at the peak of its case; returns what was trained."""
+    asked, peaks = [], {"low": (0.03, 1e-3), "inside": (0.2, 1e-3), "high": (100.0, 1e-3)}
+    networks = {name: partial(small_network, hidden=k) for k, name in enumerate(peaks, 2)}
 
     def trained(setups, seeds):
-        return [(s.network, s.recipe.learning_rate) for s in setups]
+        asked.extend(setups)
+        return list(setups)
 
     def measures(model, *_):
-        name = next(name for name, network in networks.items() if network == model[0])
-        return {"validation accuracy": 1 / (1 + abs(np.log(model[1] / best_at[name])))}
+        name = next(name for name, network in networks.items() if network == model.network)
+        values = model.recipe.learning_rate, model.recipe.weight_decay
+        distance = sum(abs(np.log(a / b)) for a, b in zip(values, peaks[name], strict=True))
+        distance += abs(np.log(getattr(model.loss_fn, "keywords", {}).get("label_smoothing", 0.1) / 0.1))
+        return {"validation accuracy": 1 / (1 + distance)}
 
     monkeypatch.setattr(training, "_train", trained)
     monkeypatch.setattr(training, "_measures", measures)
-    setups = {name: setup(digits, network=network) for name, network in networks.items()}
-    tried = search_rate(RowStore(tmp_path / "x.json"), setups, (0.1, 0.2, 0.4), (1000, 1001), digits.validation)
-    assert list(tried["inside"]) == [0.1, 0.2, 0.4]
-    assert list(tried["low"]) == pytest.approx([0.025, 0.05, 0.1, 0.2, 0.4])
-    assert list(tried["high"]) == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6])  # twice beyond, and no further
-    assert max(tried["low"], key=tried["low"].get) == pytest.approx(0.025)
+    return asked, networks
+
+
+def test_a_search_goes_on_beyond_the_end_where_its_best_value_is(tmp_path, digits, peaks):
+    _, networks = peaks
+    setups = {name: replace(setup(digits), network=network) for name, network in networks.items()}
+    setups = {name: replace(s, recipe=replace(s.recipe, weight_decay=1e-3)) for name, s in setups.items()}
+    found = lab.tune(
+        RowStore(tmp_path / "x.json"), setups, {"learning_rate": (0.1, 0.2, 0.4)}, (1000, 1001), digits.validation
+    )
+    tried = {name: list(result.tried["learning_rate"]) for name, result in found.items()}
+    assert tried["inside"] == [0.1, 0.2, 0.4]
+    assert tried["low"] == pytest.approx([0.025, 0.05, 0.1, 0.2, 0.4])
+    assert tried["high"] == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6])  # twice beyond, and no further
+    assert found["low"].best == {"learning_rate": pytest.approx(0.025)}
+    assert found["low"].setup.recipe.learning_rate == pytest.approx(0.025)
+    assert (found["inside"].at_edge, found["high"].at_edge) == ((), ("learning_rate",))
+    header, rows = lab.search_rows(found)
+    assert header == ["", "learning rate", "validation accuracy"]
+    assert rows[2][1] == "1.6 (at an end)"
+
+
+def test_axes_are_searched_one_after_the_other_at_the_best_so_far(tmp_path, digits, peaks):
+    asked, networks = peaks
+    start = replace(setup(digits, loss_fn=F.cross_entropy), network=networks["inside"])
+    start = replace(start, recipe=replace(start.recipe, weight_decay=1e-4, learning_rate=0.1))
+    axes = {"learning_rate": (0.1, 0.2, 0.4), "weight_decay": (1e-4, 1e-3, 1e-2), "label_smoothing": (0.05, 0.1, 0.2)}
+    found = lab.tune(
+        RowStore(tmp_path / "x.json"), {"inside": start, "plain": start},
+        {"inside": axes, "plain": {"learning_rate": (0.1, 0.2, 0.4)}}, (1000,), digits.validation,
+    )  # fmt: skip
+    assert found["inside"].best == {"learning_rate": 0.2, "weight_decay": 1e-3, "label_smoothing": 0.1}
+    best = found["inside"].setup
+    assert (best.recipe.learning_rate, best.recipe.weight_decay, best.loss_fn.keywords) == (
+        0.2, 1e-3, {"label_smoothing": 0.1},
+    )  # fmt: skip
+    assert found["plain"].best == {"learning_rate": 0.2}
+    assert found["plain"].setup.recipe.weight_decay == 1e-4
+    # where the first two axes cross, one training serves both; smoothing starts from none
+    assert len(asked) == 3 + (3 + 2 + 3)
+
+
+def test_a_closed_axis_ends_where_its_list_ends(tmp_path, digits, peaks):
+    _, networks = peaks
+    start = replace(setup(digits), network=networks["high"])
+    start = replace(start, recipe=replace(start.recipe, weight_decay=1e-3))
+    found = lab.tune(
+        RowStore(tmp_path / "x.json"), {"a": start}, {"learning_rate": (0.1, 0.2)}, (1000,), digits.validation,
+        closed=("learning_rate",),
+    )["a"]  # fmt: skip
+    assert list(found.tried["learning_rate"]) == [0.1, 0.2]
+    assert found.at_edge == ()  # there is no more to be tried
+
+
+@pytest.mark.parametrize("values", [(), (0.2, 0.1), (0.1, 0.1)])
+def test_an_axis_must_ascend(tmp_path, digits, values):
+    with pytest.raises(ValueError, match="axis learning_rate"):
+        lab.tune(RowStore(tmp_path / "x.json"), {"a": setup(digits)}, {"learning_rate": values}, (0,), digits.test)

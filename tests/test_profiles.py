@@ -23,10 +23,10 @@ pytestmark = pytest.mark.usefixtures("isolated")
 def test_a_profile_names_what_there_is_and_its_student_is_the_smaller(name):
     profile = resolve(name)
     assert profile.name == name
-    assert "-" not in name  # what follows a hyphen in a folder's name tells a run with overrides
+    assert "-" not in profile.folder.name  # what follows a hyphen there tells a run with overrides
     assert profile.dataset in DATA_SETS
     assert {profile.teacher, *profile.students} <= NETWORKS.keys()
-    channels = 1 if profile.dataset == "digits" else 3
+    channels = 3 if profile.dataset == "cifar10" else 1
     for student in profile.students:
         assert count_parameters(build(student, 10, channels)) < count_parameters(build(profile.teacher, 10, channels))
 
@@ -68,10 +68,13 @@ def test_an_environment_that_leaves_it_open_is_auto(monkeypatch, value):
 
 def test_an_unknown_profile_is_refused_with_the_nearest_name(monkeypatch):
     with pytest.raises(
-        ValueError, match=r"profile 'quik' is unknown: expected auto, quick, full; did you mean 'quick'\?"
+        ValueError,
+        match=r"profile 'quik' is unknown: expected auto, quick, laptop, full, laptop-repeat; did you mean 'quick'\?",
     ):
         resolve("quik")
-    with pytest.raises(ValueError, match=r"profile 'xyz' is unknown: expected auto, quick, full$"):
+    with pytest.raises(
+        ValueError, match=r"profile 'xyz' is unknown: expected auto, quick, laptop, full, laptop-repeat$"
+    ):
         resolve("xyz")
     monkeypatch.setenv("KDLIB_PROFILE", "ful")
     with pytest.raises(ValueError, match=r"profile 'ful' is unknown: .* did you mean 'full'\?"):
@@ -366,3 +369,23 @@ def test_variables_that_are_no_plain_values_are_the_notebooks_own_affair():
     variables = notebook()
     variables |= {"data": object(), "loss": small, "net": nn.Linear(1, 1), "_private": 3, "np": math}
     assert notebook_settings(variables) == resolve("quick")
+
+
+def test_the_second_run_of_laptop_has_other_seeds_and_other_training_images():
+    first, second = (resolve(name) for name in ("laptop", "laptop-repeat"))
+    assert not set(first.seeds + first.search_seeds) & set(second.seeds + second.search_seeds)
+    assert first.limit.images == second.limit.images
+    assert first.limit.block != second.limit.block
+    assert first.base == second.base == "laptop"
+    assert first.folder != second.folder
+    same = {"name": "", "seed": 0, "limit": None, "teacher_recipe": None, "student_recipe": None}
+    assert dataclasses.replace(first, **same) == dataclasses.replace(second, **same)
+    assert second.limit_of(25_000) == second.limit._replace(images=25_000)
+    assert resolve("full").limit_of(25_000) is None
+    assert resolve("laptop", limit=100).limit_of(25_000) == 100
+
+
+def test_each_teacher_has_a_file_of_its_own():
+    settings = resolve("laptop-repeat")
+    assert settings.file("teacher") == settings.file("teacher", seed=100) == "teacher_lenet.pth"
+    assert settings.file("teacher", seed=101) == "teacher_lenet_seed101.pth"

@@ -1,5 +1,6 @@
 """Publishing: pages and their stamps, the records of a run, the pages that tools write, and recomputing figures."""
 
+import base64
 import copy
 import hashlib
 import json
@@ -8,11 +9,12 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
@@ -161,7 +163,9 @@ def test_results_of_profile_quick_do_not_hide_those_of_profile_full(tiny):
 
 # --- records -------------------------------------------------------------------------------------------------------
 
-PUBLISHED = sorted(path for path in (ROOT / "book" / "published").iterdir() if path.is_dir())
+FOLDERS = sorted(path for path in (ROOT / "book" / "published").iterdir() if path.is_dir())
+PUBLISHED = [path for path in FOLDERS if (path / "histories.json").exists()]
+ROWS_ONLY = [path for path in FOLDERS if path not in PUBLISHED]
 every_published_profile = pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
 
 
@@ -190,6 +194,13 @@ def test_what_is_published_is_small_and_fits_its_records(folder):
     histories = json.loads((folder / "histories.json").read_text(encoding="utf-8"))
     assert len(histories) == 1 + 2 * len(distilled)
     assert all(len(history["loss"]) == len(history["accuracy"]) > 0 for history in histories.values())
+
+
+@pytest.mark.parametrize("folder", ROWS_ONLY, ids=lambda folder: folder.name)
+def test_a_folder_without_records_holds_rows_alone(folder):
+    assert resolve(folder.name).base == "laptop"
+    assert all(re.fullmatch(r"\d\d_\w+\.json", path.name) for path in folder.iterdir())
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
 
 
 @pytest.fixture(scope="module")
@@ -412,14 +423,19 @@ def test_the_tables_of_results_are_those_of_the_published_files(page):
 
 # --- the page of verdicts ------------------------------------------------------------------------------------------
 
-MEASURED = sorted((ROOT / "book" / "published").glob("*/[0-9][0-9]_*.json"))
-every_experiment = pytest.mark.parametrize("path", MEASURED, ids=lambda path: f"{path.parent.name}-{path.name[:2]}")
+MEASURED = [
+    path
+    for profile in ("laptop", "laptop-repeat", "full")
+    for path in sorted((ROOT / "book" / "published" / profile).glob("[0-9][0-9]_*.json"))
+]
+every_experiment = pytest.mark.parametrize("path", MEASURED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 
 
-def test_the_page_of_verdicts_is_that_of_the_published_measurements():
-    shown = tool(ROOT, "publish").shown_findings()
-    page = (ROOT / "book" / "what_we_found.md").read_text(encoding="utf-8")
-    assert f"<!-- findings: begin -->\n{shown}<!-- findings: end -->" in page
+def test_the_pages_are_those_of_the_published_measurements():
+    for path, block, shown in tool(ROOT, "publish").written_pages():
+        text = path.read_text(encoding="utf-8")
+        if block != "controls" or f"<!-- {block}: begin -->" in text:
+            assert f"<!-- {block}: begin -->\n{shown}<!-- {block}: end -->" in text, path
 
 
 @every_experiment
@@ -427,13 +443,14 @@ def test_measurements_are_rows_of_at_least_three_seeds(path):
     found = lab.load(path)
     assert found["experiment"] == path.stem
     assert found["profile"] == path.parent.name
-    assert len(found["claims"]) >= 3
+    assert found["claims"]
     for claim in found["claims"]:
-        assert re.search(r"\]\((https?://|\d\d_\w+\.ipynb)", claim["source"]), f"{claim['text']}: no link to its source"
+        linked = re.search(r"\]\((https?://|\d\d_\w+\.ipynb)", claim["source"])
+        assert linked or claim["source"].startswith("our own"), f"{claim['text']}: no link to its source"
         for compared in claim["comparisons"]:
-            for case in (compared["case"], compared["than"]):
-                if isinstance(case, str):
-                    assert len(lab.values(found, case, compared["measure"])) >= 3, case
+            assert lab.estimate(found, compared).n >= 3, compared
+    if path.parent.name == "laptop-repeat":
+        lab.verdicts(lab.load(path.parent.parent / "laptop" / path.name), found)
 
 
 @every_experiment
@@ -442,50 +459,200 @@ def test_other_measurements_would_give_other_verdicts(path):
     for claim in found["claims"]:
         verdicts = {lab.judge(claim, found).verdict}
         for compared in claim["comparisons"]:  # one at a time is made clearly true, and clearly false
+            case, weight = next(iter(compared["weights"].items()))
+            rest = {other: -w / weight for other, w in compared["weights"].items() if other != case}
             beyond = compared["sign"] * (compared["margin"] + 1)
             for apart in (beyond, -beyond) if beyond else (0, compared["margin"] + 1):
                 changed = copy.deepcopy(found)
-                other = compared["than"]
-                if isinstance(other, str):
-                    other = lab.values(found, other, compared["measure"])
+                others = {other: lab.values(found, other, compared["measure"]) for other in rest}
                 for row in changed["rows"]:
-                    if row["case"] == compared["case"]:
-                        than = other.get(row["seed"], 0) if isinstance(other, dict) else other
-                        row[compared["measure"]] = than + apart
+                    if row["case"] == case and all(row["seed"] in own for own in others.values()):
+                        of_others = sum(w * others[other][row["seed"]] for other, w in rest.items())
+                        row[compared["measure"]] = of_others + apart / weight
                         row.pop("by image", None)  # which images it would be right on, nobody knows
                 verdicts.add(lab.judge(claim, changed).verdict)
         assert len(verdicts) > 1, claim["text"]
 
 
-def test_publishing_measurements_writes_the_page_of_verdicts(tiny):
-    (tiny / "book" / "what_we_found.md").write_text("a\n<!-- findings: begin -->\n<!-- findings: end -->\nb\n")
-    compared = {"measure": "accuracy", "case": "soft", "than": "hard", "margin": 0, "sign": 1, "unit": "points"}
-    claim = {"text": "soft labels help", "source": "[somebody](https://example.org)", "comparisons": [compared]}
-    about = {"experiment": "01_tiny", "dataset": "any", "date": "2026-01-31", "claims": [claim]}
-    for profile, soft, verdict in (("full", 0.9, "**holds**"), ("quick", 0.1, "**holds**")):  # quick does not hide full
-        rows = [
-            {
-                "case": case,
-                "seed": seed,
-                "made_from": "0",
-                "seconds": 50,
-                "device": "CPU",
-                "accuracy": value + seed / 100,
-            }
-            for case, value in {"hard": 0.5, "soft": soft}.items()
-            for seed in range(3)
-        ]
-        tool(tiny, "publish").fill_findings({**about, "profile": profile, "rows": rows})
-        text = (tiny / "book" / "what_we_found.md").read_text(encoding="utf-8")
-        assert text.startswith("a\n<!-- findings: begin -->\n\nOf 1 claims **1** hold,")
-        assert text.endswith("<!-- findings: end -->\nb\n")
-        assert (
-            f"| soft labels help | [somebody](https://example.org) | +40.00 ± 0.00 points (n = 3) | {verdict} |"
-            in text.replace("\N{NO-BREAK SPACE}", " ")
-        )
-        assert "## [01 Chapter 01](01_tiny.ipynb)" in text
-        assert "Profile full (any) on CPU, 2026-01-31: 6 measurements, 5 min in all." in text
-    assert (tiny / "book" / "published" / "quick" / "01_tiny.json").exists()
+def experiment(profile: str, seeds=range(3), name="01_tiny", images=None, **shares: float) -> dict:
+    """The rows of an experiment with a claim: of each case a share of the images is correct, a little more by seed."""
+    compared = lab.compare("accuracy", "soft", "hard")
+    again = replace(compared, weights={"hard": -1.0, "soft": 1.0})
+    claims = [
+        {"text": text, "source": "[somebody](https://example.org)", "comparisons": [asdict(c)]}
+        for text, c in (("soft labels help", compared), ("they help again", again))
+    ]
+    rows = [
+        {"case": case, "seed": seed, "made_from": "0", "seconds": 50, "device": "CPU", "accuracy": share + seed / 100}
+        for case, share in shares.items()
+        for seed in seeds
+    ]
+    for row in rows if images else ():
+        row["by image"] = {"accuracy": packed(np.arange(images) < row["accuracy"] * images)}
+    about = {"experiment": name, "profile": profile, "dataset": "any", "date": "2026-01-31"}
+    return {**about, "rows": rows, "claims": claims}
+
+
+def packed(correct: np.ndarray) -> dict:
+    return {"images": len(correct), "bits": base64.b64encode(np.packbits(correct)).decode()}
+
+
+@pytest.fixture
+def pages(tiny) -> Path:
+    """The tiny book with the two pages that are written from the rows."""
+    for name, blocks in {"what_we_found": ("counts", "findings"), "which_recipe": ("recipes",)}.items():
+        text = "".join(f"a\n<!-- {block}: begin -->\n<!-- {block}: end -->\nb\n" for block in blocks)
+        (tiny / "book" / f"{name}.md").write_text(text, encoding="utf-8")
+    return tiny
+
+
+def written(tree: Path) -> str:
+    text = (tree / "book" / "what_we_found.md").read_text(encoding="utf-8")
+    assert text.startswith("a\n<!-- counts: begin -->\n")
+    assert text.endswith("<!-- findings: end -->\nb\n")
+    return text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_without_rows_the_page_of_verdicts_says_so(pages):
+    tool(pages, "publish").fill_pages()
+    assert "No chapter is published at profile laptop or full yet, so there are no verdicts." in written(pages)
+
+
+def test_the_page_of_verdicts_shows_both_runs_and_what_they_took(pages):
+    publishing = tool(pages, "publish")
+    publishing.fill_findings(experiment("laptop", hard=0.5, soft=0.9))
+    text = written(pages)
+    assert '**2 claims, 2 of them decided**: 2 <span class="verdict supported">supported</span>, 0 ' in text
+    assert "No second run is published." in text
+    assert "## [01 Chapter 01](01_tiny.ipynb) (profile laptop)" in text
+    supported, contradicted = lab.badge("supported"), lab.badge("contradicted")
+    claim = "| soft labels help ([somebody](https://example.org)) "
+    assert f"{claim}| {supported} | *soft* − *hard*: +40.00 ± 0.00 points (n = 3; asks for: more than 0) |" in text
+    assert "One run on any, CPU, 2026-01-31: 6 measurements in 5 min." in text
+
+    publishing.fill_findings(experiment("laptop-repeat", range(100, 103), hard=0.5, soft=0.4))
+    text = written(pages)
+    assert "| claim | verdict | difference and 95 % interval | first run alone | second run alone |" in text
+    assert f"| {supported} | {contradicted} |\n" in text
+    assert "The first run by itself decides 2 claims. On 0 of them (0%) the second" in text
+    assert "and on 2 it is reversed (supported against contradicted)" in text
+    assert "at random, 0.0 would be the same" in text
+    assert "the test images are the same" in text
+    assert "Two runs on any, CPU, 2026-01-31: 6 measurements in 5 min and 6 measurements in 5 min." in text
+
+    publishing.fill_findings(experiment("full", hard=0.5, soft=0.3))  # has a column; laptop has the verdict
+    text = written(pages)
+    assert "second run alone | at profile full |" in text
+    assert f"| {supported} | {contradicted} | {contradicted} |\n" in text
+    assert text.count("## [01") == 1
+
+
+def test_rows_of_profile_quick_and_of_few_images_are_not_on_the_page(pages):
+    publishing = tool(pages, "publish")
+    publishing.fill_findings(experiment("full", images=500, hard=0.5, soft=0.9))
+    assert "so there are no verdicts" in written(pages)
+    publishing.fill_findings(experiment("full", images=5000, hard=0.5, soft=0.9))
+    assert "(profile full)" in written(pages)
+
+
+def test_the_counts_of_the_page(pages):
+    """Worked out by hand, for four experiments of two claims that say the same: each pair of verdicts counts twice."""
+    publishing = tool(pages, "publish")
+    spread = {0: 0.3, 1: -0.3, 2: 0.0}  # too wide to decide anything
+    runs = {"01_a": (0.9, 0.9), "01_b": (0.9, 0.3), "01_c": (0.9, None), "01_d": (None, 0.9)}
+    for name, shares in runs.items():
+        for profile, first_seed, share in zip(("laptop", "laptop-repeat"), (0, 100), shares, strict=True):
+            rows = experiment(profile, range(first_seed, first_seed + 3), name, hard=0.5, soft=share or 0.5)
+            for row in rows["rows"] if share is None else ():
+                row["accuracy"] += spread[row["seed"] % 100] * (row["case"] == "soft")
+            for row in rows["rows"]:
+                row["accuracy"] += row["seed"] % 100 * 1e-4 * (row["case"] == "soft")
+            publishing.fill_findings(rows)
+    findings = sys.modules["findings"]
+    c = findings.counts(findings.findings())
+    assert (c.claims, c.decided_first, c.same, c.inconclusive, c.reversed) == (8, 6, 2, 2, 2)
+    assert c.by_chance == pytest.approx(6 * 4 / 8)  # four of the second run's eight verdicts are "supported"
+    assert (c.compared, c.apart) == (8, 2)  # only 01_b differs by more than the spread over seeds
+    assert c.differences == 8
+    assert c.narrow == 2  # 01_a
+
+
+def test_a_piece_of_advice_follows_the_measurement(pages):
+    tool(pages, "publish").fill_findings(experiment("laptop", hard=0.5, soft=0.9))
+    recipes, found = sys.modules["recipes"], sys.modules["findings"].findings()
+
+    def row(first: str, second: str, experiment="01_tiny", **options) -> list[str]:
+        asks = lab.compare("accuracy", first, second, **options)
+        line = recipes.Line("labels", "T", experiment, asks, "soft", "hard")
+        return recipes.row(line, {"01_tiny": found[0]}.get(experiment))
+
+    supported = row("soft", "hard")
+    assert supported[:3] == ["labels", "T", "**soft**"]
+    assert supported[3].startswith("*soft* − *hard*: +40.00")
+    assert supported[3].endswith("profile laptop, [chapter 01](01_tiny.ipynb)")
+    assert row("hard", "soft")[2] == "**hard**"
+    assert row("soft", "hard", margin=0.4)[2] == "we do not know"
+    assert row("soft", "softest")[2:] == ["not measured yet", "[chapter 01](01_tiny.ipynb)"]
+    assert row("soft", "hard", "02_tiny")[2:] == ["not measured yet", "[chapter 02](02_tiny.ipynb)"]
+    line = recipes.Line("labels", "T", "01_tiny", lab.compare("accuracy", "soft", "hard"), "soft", "hard")
+    assert "| labels | T | **soft** |" in recipes.shown(found, (line,))
+
+
+def test_every_piece_of_advice_rests_on_a_case_that_is_measured():
+    tool(ROOT, "publish")
+    recipes, found = sys.modules["recipes"], sys.modules["findings"].findings()
+    by_experiment = {finding.rows["experiment"]: finding for finding in found if finding.rows["profile"] == "laptop"}
+    for line in recipes.LINES:
+        assert line.experiment not in by_experiment or recipes.judged(line, by_experiment[line.experiment]), line
+
+
+ROWS_OF_A_CHAPTER = """
+import kdlib
+from kdlib import lab
+
+settings = kdlib.resolve()
+store = lab.RowStore(settings.folder / "01_own.json", profile=settings.name, dataset="any", title="An experiment")
+for case, value in {"hard": 0.5, "soft": 0.9}.items():
+    store.measure(case, settings.seeds, lambda seed: {"accuracy": value + seed / 1000}, made_from={"value": value})
+claim = lab.Claim("soft labels help", "[somebody](https://example.org)", (lab.compare("accuracy", "soft", "hard"),))
+experiment = store.finish([claim])
+"""
+
+
+def test_a_second_run_is_published_as_rows_alone(pages, capsys, monkeypatch):
+    monkeypatch.setenv("KDLIB_OUTPUTS", str(pages / "outputs"))
+    path = pages / "book" / "01_tiny.ipynb"
+    change_cell(path, "body", ROWS_OF_A_CHAPTER)
+    before = path.read_bytes()
+    (pages / "outputs" / "laptop-repeat").mkdir(parents=True)
+    (pages / "outputs" / "laptop-repeat" / "01_older.json").write_text("{}")  # of an earlier run
+    os.utime(pages / "outputs" / "laptop-repeat" / "01_older.json", (1, 1))
+
+    def publish_at(profile: str) -> str:
+        done = start(pages, "tools/publish.py", "--profile", profile, "--chapters", "01")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    rows = pages / "book" / "published"
+    assert "the page of 01 shows profile laptop; rows kept of 01_own" in publish_at("laptop-repeat")
+    assert path.read_bytes() == before
+    assert [p.name for p in (rows / "laptop-repeat").iterdir()] == ["01_own.json"]
+    assert tool(pages).main(["status"]) == 0
+    assert "01 tiny                     never published" in capsys.readouterr().out
+
+    publish_at("laptop")
+    assert nbformat.read(path, 4).metadata["kdlib_published"]["profile"] == "laptop"
+    assert "## [01 Chapter 01](01_tiny.ipynb): An experiment (profile laptop)" in written(pages)
+    assert "stays as published at profile laptop" in publish_at("quick")
+
+    notebook = nbformat.read(path, 4)
+    notebook.metadata["kdlib_published"]["profile"] = "full"
+    nbformat.write(notebook, path)
+    before = path.read_bytes()
+    (rows / "laptop" / "01_own.json").unlink()
+    assert "the page of 01 shows profile full; rows kept of 01_own" in publish_at("laptop")
+    assert path.read_bytes() == before
+    assert (rows / "laptop" / "01_own.json").exists()
 
 
 # --- outputs carried over to a rewritten chapter -------------------------------------------------------------------

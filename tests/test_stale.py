@@ -210,7 +210,7 @@ def test_pages_under_another_number_are_stale(page, monkeypatch):
 BROKEN = {
     "the loss": ("losses.py", r"beta \* temperature\*\*2 \* soft", "beta * temperature * soft", "distillation, shares"),
     "the views": ("data.py", r"self\.padding \+ dx", "self.padding - dx", "views, padding 2"),
-    "the split": ("datasets.py", r"stratified\(labels\[::-1\]", "stratified(labels", "split, digits"),
+    "the split": ("splits.py", r"stratified\(labels\[::-1\]", "stratified(labels", "split, digits"),
     "the mixup": ("data.py", r"share \* labels \+ \(1 - share\)", "(1 - share) * labels + share", "mixup 0.2"),
 }
 

@@ -226,7 +226,7 @@ def setups() -> Figures:
 
 
 def comparisons() -> Figures:
-    """Differences between two cases over seeds and images, with their intervals, and the verdicts on claims."""
+    """Weighted sums of cases over seeds and images, with their intervals, and the verdicts on claims."""
     random = np.random.RandomState(0)
     correct = {(case, seed): random.rand(50) < share for case, share in (("a", 0.9), ("b", 0.6)) for seed in range(4)}
     with tempfile.TemporaryDirectory() as folder:
@@ -234,21 +234,21 @@ def comparisons() -> Figures:
         for case in "ab":
             store.measure(case, range(4), lambda seed, case=case: {"accuracy": correct[case, seed]}, made_from={})
         rows = store.finish()
-    for than in ("b", 0.7):
-        yield f"difference from {than}", list(lab.difference(rows, "accuracy", "a", than))
-    claims = {"more": (1, 0.0), "much more": (1, 0.2), "less": (-1, 0.0), "much less": (-1, 0.1), "the same": (0, 0.5)}
-    claims |= {"nearly the same": (0, 0.1)}
-    for claim, (sign, margin) in claims.items():
-        comparison = lab.Comparison("accuracy", "a", "b", sign=sign, margin=margin)
-        judgement = lab.judge(lab.Claim(claim, "", (comparison,)), rows)
+    for name, weights in {"a - b": {"a": 1, "b": -1}, "a": {"a": 1}, "b - a / 2": {"a": -0.5, "b": 1}}.items():
+        found = lab.estimate(rows, ("accuracy", weights))
+        yield f"estimate of {name}", [found.mean, found.half, found.n, found.error, found.freedom]
+    yield "interval over seeds alone", [lab.interval(numbers(5, 1).numpy()).half]
+    wanted = {"more": (1, 0.0), "much more": (1, 0.2), "less": (-1, 0.1), "the same": (0, 0.5), "much alike": (0, 0.1)}
+    asked = {name: (lab.compare("accuracy", "a", "b", sign=s, margin=m),) for name, (s, m) in wanted.items()}
+    for name, compared in (asked | {"two": asked["more"] + asked["much more"]}).items():
+        judgement = lab.judge(lab.Claim(name, "", compared), rows)
         numbers_shown = [float(number) for number in re.findall(r"[-+]?\d+\.?\d*", judgement.figure)]
-        contradicted = "the other way round" in judgement.figure
-        yield f"verdict, {claim}", [*numbers_shown, float(judgement.verdict == lab.HOLDS), float(contradicted)]
+        yield f"judgement, {name}", [*numbers_shown, lab.VERDICTS.index(judgement.verdict), *judgement.contradicted]
 
 
 def network(name: str) -> Figures:
     """Logits, the loss's gradient, and two training steps of one of our networks."""
-    data = made_up(4, size=12)
+    data = made_up(4, size=28 if name in ("lenet", "mlp100") else 12)  # those two take MNIST's images only
     model = kdlib.build(name, data.classes, data.channels)
     images = data.batch(torch.arange(4), torch.zeros(4, dtype=torch.int64))
     yield f"{name}, logits", sketch(model.eval()(images))

@@ -11,8 +11,13 @@ import argparse
 import json
 import os
 import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
+import findings
 import notebooks
+import recipes
 import render
 import stale
 import tidied
@@ -39,7 +44,11 @@ from kdlib.records import artefacts
 
 
 def publish(options: argparse.Namespace) -> None:
-    """Execute chapters in place, one after the other; those that are current at that profile are left alone."""
+    """Execute chapters in place, one after the other; those that are current at that profile are left alone.
+
+    A second run, and laptop's run of a chapter whose page is at profile full, leave the page alone: only their rows are
+    kept. A second run comes first: the page of the first run shows it.
+    """
     profile = book.resolve(options.profile)
     if options.records:
         publish_run(profile)
@@ -50,20 +59,51 @@ def publish(options: argparse.Namespace) -> None:
             check_composable(chapter)
     notebooks.set_environment(profile.name)
     for say, chapter in one_by_one(selected):
-        if reason := left_alone(chapter, profile.name, options):
+        page = keeps_page(chapter, profile)
+        if not page and (reason := left_alone(chapter, profile.name, options)):
             print(f"{say}: {reason}", flush=True)
             continue
         print(say, "…", flush=True)
-        notebook = executed(chapter, profile.name, composed=options.composed)
-        notebooks.write(notebook, chapter.path)
+        start = time.time()
+        if page:
+            notebook = execute(chapter, RUNS / "publish" / profile.name / chapter.path.name, {}, profile.name)
+        else:
+            notebook = executed(chapter, profile.name, composed=options.composed)
+            notebooks.write(notebook, chapter.path)
         print(f"{say}: {notebook.metadata[STAMP]['seconds']:.0f} s", flush=True)
         if options.composed:
             continue
-        if chapter.number == "06":
+        if chapter.number == "06" and not page:
             publish_run(profile)
-        rows = profile.folder / f"{chapter.path.stem}.json"
-        if rows.exists():
-            fill_findings(lab.load(rows))
+        written = publish_rows(chapter, profile, start)
+        if page:
+            print(f"{page}; rows kept of {', '.join(written) or 'nothing: it measures none'}", flush=True)
+
+
+def keeps_page(chapter: Chapter, profile: profiles.Profile) -> str:
+    """Why a chapter's page stays as it is, and only its rows are published; empty if it is replaced."""
+    stamp = chapter.read().metadata.get(STAMP, {})
+    if profile.name != profile.base:
+        return f"the page of {chapter.number} shows profile {profile.base}"
+    if profile.base == "laptop" and stamp.get("profile") == "full":
+        return f"the page of {chapter.number} shows profile full"
+    return ""
+
+
+def publish_rows(chapter: Chapter, profile: profiles.Profile, start: float) -> list[str]:
+    """Publish the rows that a chapter has written since `start`, and return their experiments' names.
+
+    Those of profile quick are not: its test set is too small for verdicts.
+    """
+    written = []
+    for path in sorted(profile.folder.glob(f"{chapter.number}_*.json")):
+        if profile.base == "quick" or "." in path.stem or path.stat().st_mtime < start - 1:
+            continue  # of quick, a backup, or of an earlier run
+        rows = lab.load(path)
+        if rows["claims"]:
+            fill_findings(rows)
+            written.append(rows["experiment"])
+    return written
 
 
 def publish_run(profile: profiles.Profile) -> None:
@@ -81,8 +121,8 @@ def left_alone(chapter: Chapter, profile: str, options: argparse.Namespace) -> s
     stamp = chapter.read().metadata.get(STAMP)
     if options.force or not stamp:
         return ""
-    if (stamp["profile"], profile) == ("full", "quick"):
-        return "stays as published at profile full (--force replaces it)"
+    if stamp["profile"] in ("full", "laptop") and profile == "quick":
+        return f"stays as published at profile {stamp['profile']} (--force replaces it)"
     current = stamp["profile"] == profile and stale.state(chapter, stamp).kind in render.SETTLED
     return "current (--force executes it again)" if current else ""
 
@@ -150,40 +190,25 @@ def shown_results(results: dict, picture: str) -> str:
 
 
 def fill_findings(rows: dict) -> None:
-    """Keep a chapter's rows in book/published, and write the page of verdicts anew from all of them."""
+    """Keep a chapter's rows in book/published, and write the pages of verdicts and of advice anew from all of them."""
     artefacts.save_json(BOOK / "published" / rows["profile"] / f"{rows['experiment']}.json", rows)
-    render.replace_marked(BOOK / "what_we_found.md", "findings", shown_findings())
+    fill_pages()
 
 
-def shown_findings() -> str:
-    """Of each chapter with rows its claims and verdicts, in Markdown: at profile full if there are any.
-
-    Everything is computed from the files in book/published.
-    """
-    sections, verdicts = [], []
-    for chapter in chapters():
-        files = (BOOK / "published" / profile / f"{chapter.path.stem}.json" for profile in ("full", "quick"))
-        path = next((path for path in files if path.exists()), None)
-        if path is None:
-            continue
-        rows = lab.load(path)
-        verdicts += [lab.judge(claim, rows).verdict for claim in rows["claims"]]
-        devices = ", ".join(dict.fromkeys(row["device"] for row in rows["rows"]))
-        table = plots.table(*lab.verdict_rows(rows)).data
-        sections.append(
-            f"## [{chapter.number} {chapter.title}]({chapter.path.name})\n\n{table}\n\n"
-            f"Profile {rows['profile']} ({rows['dataset']}) on {devices}, {rows['date']}: {len(rows['rows'])} "
-            f"measurements, {duration(lab.cost(rows))} in all.\n"
-        )
-    plural = {lab.HOLDS: "hold", lab.PARTLY: "hold partly", lab.NOT_SEEN: "were not seen here"}
-    counted = ", ".join(f"**{verdicts.count(verdict)}** {words}" for verdict, words in plural.items())
-    total = f"Of {len(verdicts)} claims {counted}. Written by `make publish` from the files in `book/published/`."
-    return "\n" + "\n".join([total + "\n", *sections]) + "\n"
+def fill_pages() -> None:
+    """Write what is computed from the published rows: verdicts, advice, and what chapter 05's controls leave."""
+    for path, block, text in written_pages():
+        render.replace_marked(path, block, text)
 
 
-def duration(seconds: float) -> str:
-    """Seconds, or minutes if that is easier to read."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+def written_pages() -> Iterator[tuple[Path, str, str]]:
+    """The marked blocks that are computed from the published rows: page, name of the block, text."""
+    found = findings.findings()
+    yield BOOK / "what_we_found.md", "counts", findings.shown_counts(found)
+    yield BOOK / "what_we_found.md", "findings", findings.shown(found)
+    yield BOOK / "which_recipe.md", "recipes", recipes.shown(found)
+    for path in (ROOT / "README.md", BOOK / "intro.md"):
+        yield path, "controls", findings.shown_controls()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -40,7 +40,7 @@ PROFILE = "quick"  # at which both versions are executed
 CHECKED = "nbval-check-output"  # cells that print the same in every profile
 TIMES = re.compile(r"\d[\d,.]*")
 INJECTED = "tidied-figures"
-# the old code draws figures as PNG, so the new one must
+# the oldest code draws figures as PNG, so all must
 DRAW_PNG = """\
 def _draw_png():
     from kdlib import plots
@@ -85,9 +85,9 @@ def tidied(options: argparse.Namespace) -> None:
             print(say, "…", flush=True)
             old = published_at(commit, temporary / "before", chapter)
             with code_of(temporary / "before", temporary / "outputs-before"):
-                before = execute(old, temporary / "runs-before" / old.path.name, {}, PROFILE, folder=old.path.parent)
+                before = execute_with_png(old, temporary / "runs-before" / old.path.name, old.path.parent)
             with code_of(ROOT, temporary / "outputs-after"):
-                after = execute_with_png(chapter, temporary / "after" / chapter.path.name)
+                after = execute_with_png(chapter, temporary / "after" / chapter.path.name, BOOK)
             timed = [cell.id for cell in after.cells if cell.id in options.timed.split()]
             carried = carry(code_cells(before), code_cells(old.read()), code_cells(after), timed)
             for cell, fate in zip(code_cells(after), carried, strict=True):
@@ -139,13 +139,14 @@ def code_of(tree: Path, outputs: Path) -> Iterator[None]:
         os.environ.update(before)
 
 
-def execute_with_png(chapter: Chapter, path: Path) -> NotebookNode:
-    """Execute a copy of the chapter whose figures are PNG, as those of the old code are."""
+def execute_with_png(chapter: Chapter, path: Path, folder: Path) -> NotebookNode:
+    """Execute a copy of the chapter in `folder`; its figures are PNG, as those of the oldest code are."""
     notebook = chapter.read()
     notebook.cells.insert(0, new_code_cell(DRAW_PNG, metadata={"tags": [INJECTED]}))
+    path.parent.mkdir(parents=True, exist_ok=True)
     notebooks.write(notebook, path)
-    after = execute(Chapter(path), path.with_name(f"executed-{path.name}"), {}, PROFILE, folder=BOOK)
-    return notebooks.without(after, INJECTED)
+    executed = execute(Chapter(path), path.with_name(f"executed-{path.name}"), {}, PROFILE, folder=folder)
+    return notebooks.without(executed, INJECTED)
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:

@@ -37,14 +37,14 @@ def train_many(
     Args:
         models: of one architecture, without dropout.
         data: the training images, the same for all.
-        loss_fns: one per model, each a mean over its batch. Networks with the same loss and targets share one call.
+        loss_fns: one per model, each a mean over its images. Networks with the same loss share one call.
         recipes: one per model; they differ in seed, learning rate and weight decay only, without cutout and mixup.
         targets: one per model, None for those that learn from the labels alone; None if all do.
         device: the networks stay there. On a GPU without bfloat16 they are trained in float32.
         progress: show a bar.
 
     Returns:
-        One history per model; its loss is the mean over the networks with the same loss and targets.
+        One history per model; its loss is the mean over the networks with the same loss.
 
     Raises:
         FloatingPointError: weights were infinite or not a number after an epoch. It says whose.
@@ -60,11 +60,14 @@ def train_many(
     for one in targets:
         if isinstance(one, Targets):
             one.check(data, recipe)
-    groups = []  # (loss_fn, targets, which models)
-    for members in _grouped(loss_fns, targets):
-        shared = targets[members[0]]
-        shared = shared.to(device) if isinstance(shared, Targets) else shared
-        groups.append((loss_fns[members[0]], shared, torch.tensor(members, device=device)))
+    groups = []  # (loss_fn, which models, [(their targets, which models have these)])
+    for members in _same(loss_fns, [target is None for target in targets]):
+        parts = [[members[k] for k in part] for part in _same([targets[k] for k in members])]
+        shared = [targets[part[0]] for part in parts]
+        shared = [target.to(device) if isinstance(target, Targets) else target for target in shared]
+        members = [k for part in parts for k in part]
+        numbered = [torch.tensor(part, device=device) for part in (members, *parts)]
+        groups.append((loss_fns[members[0]], numbered[0], list(zip(shared, numbered[1:], strict=True))))
     # on the device before they are stacked; a skeleton without weights stands for the architecture
     weights, buffers = torch.func.stack_module_state([model.to(device).train() for model in models])
     skeleton = copy.deepcopy(models[0]).to("meta")
@@ -74,6 +77,11 @@ def train_many(
 
     def per_model(name: str) -> Tensor:
         return torch.tensor([getattr(r, name) for r in recipes], device=device, dtype=dtype)
+
+    def batch_of(members: Tensor, images: Tensor, now: int) -> Batch:  # what those models see, one after the other
+        own = seed_of[members]
+        chosen, seen = indices[now][own].flatten(), views[now][own].flatten()
+        return Batch(images[own].flatten(0, 1), data.labels[chosen], chosen, seen)
 
     dtype = at_least_float32(next(iter(weights.values()))).dtype
     shaped = {name: (-1, *[1] * (w.ndim - 1)) for name, w in weights.items()}
@@ -95,15 +103,13 @@ def train_many(
                     logits = torch.func.vmap(forward, randomness="error")(weights, buffers, images[seed_of])
                 logits = at_least_float32(logits)
                 total = torch.zeros((), device=device, dtype=dtype)
-                for number, (loss_fn, shared, members) in enumerate(groups):
-                    drawn_for = seed_of[members]
-                    chosen, seen = indices[now][drawn_for].flatten(), views[now][drawn_for].flatten()
-                    batch = Batch(images[drawn_for].flatten(0, 1), data.labels[chosen], chosen, seen)
-                    student_logits = logits[members].flatten(0, 1)
-                    if shared is None:
-                        loss = loss_fn(student_logits, batch.labels)
+                for number, (loss_fn, members, parts) in enumerate(groups):
+                    student_logits, labels = logits[members].flatten(0, 1), data.labels[indices[now][seed_of[members]]]
+                    if parts[0][0] is None:
+                        loss = loss_fn(student_logits, labels.flatten())
                     else:
-                        loss = loss_fn(student_logits, shared(batch), batch.labels)
+                        teacher_logits = torch.cat([shared(batch_of(part, images, now)) for shared, part in parts])
+                        loss = loss_fn(student_logits, teacher_logits, labels.flatten())
                     total = total + loss * len(members)  # a mean over their images: each network gets its own gradient
                     totals[number] += loss.detach()
                 gradients = torch.autograd.grad(total, list(weights.values()))
@@ -115,7 +121,7 @@ def train_many(
                         ahead = gradient.add_(velocity[name], alpha=recipe.momentum)
                         weight.addcmul_(ahead, rate.view(shaped[name]), value=-1)
                 step += 1
-            for (*_, members), loss in zip(groups, (totals / per_epoch).tolist(), strict=True):
+            for (_, members, _), loss in zip(groups, (totals / per_epoch).tolist(), strict=True):
                 for member in members.tolist():
                     histories[member].loss.append(loss)
                     histories[member].seconds.append(round(time.perf_counter() - start, 3))
@@ -135,19 +141,19 @@ def train_many(
     return histories
 
 
-def _grouped(loss_fns: Sequence[Callable], targets: Sequence[Callable | None]) -> list[list[int]]:
-    """The models' numbers, together if they have the same loss and the same targets."""
+def _same(*lists: Sequence) -> list[list[int]]:
+    """The places at which the lists hold the same, together: functions and targets the same by content."""
 
-    def key(thing: Callable | None) -> object:
+    def key(thing: object) -> object:
         try:
             return digest(thing.identity if isinstance(thing, Targets) else identify(thing))
         except IdentityError:
             return id(thing)
 
-    keys = {id(thing): key(thing) for thing in {id(thing): thing for thing in (*loss_fns, *targets)}.values()}
+    keys = {id(thing): key(thing) for thing in {id(thing): thing for own in lists for thing in own}.values()}
     groups: dict[tuple, list[int]] = {}
-    for number, pair in enumerate(zip(loss_fns, targets, strict=True)):
-        groups.setdefault(tuple(keys[id(thing)] for thing in pair), []).append(number)
+    for number, things in enumerate(zip(*lists, strict=True)):
+        groups.setdefault(tuple(keys[id(thing)] for thing in things), []).append(number)
     return list(groups.values())
 
 

@@ -103,7 +103,7 @@ class RowStore:
         experiment = json.loads(json.dumps(self._content(self.rows, [asdict(claim) for claim in claims])))
         for claim in experiment["claims"]:
             for c in claim["comparisons"]:
-                paired_differences(experiment, c["measure"], c["case"], c["than"])
+                weighted(experiment, c["measure"], c["weights"])
         if any(row not in self.rows for row in self._saved):
             self._back_up()
         artefacts.save_json(self.path, experiment)
@@ -184,28 +184,38 @@ def values(experiment: Mapping, case: str, measure: str) -> dict[int, float]:
     return {row["seed"]: row[measure] for row in sorted(rows, key=lambda row: row["seed"])}
 
 
-def paired_differences(experiment: Mapping, measure: str, case: str, than: str | float) -> dict[int, float]:
-    """How much more one case measures than another, or than a number, by seed; the seeds are those that both have.
+def weighted(experiment: Mapping, measure: str, weights: Mapping[str, float]) -> tuple[list[int], np.ndarray]:
+    """The weighted sum of a measure over cases, such as ``{"distilled": 1, "alone": -1}``, paired by seed and image.
+
+    Returns:
+        The seeds that all cases have, ascending, and an array (seeds, images); (seeds, 1) if some rows do not hold
+        which images the measure is true for.
 
     Raises:
-        ValueError: no such case or measure, or no seed that both cases have.
+        ValueError: no such case or measure, no seed that all cases have, or cases measured on other numbers of images.
     """
-    first = values(experiment, case, measure)
-    second = values(experiment, than, measure) if isinstance(than, str) else dict.fromkeys(first, than)
-    shared = [seed for seed in first if seed in second]
-    if not shared:
-        raise ValueError(f"cases {case!r} and {than!r} share no seed: expected the same seeds in both")
-    return {seed: first[seed] - second[seed] for seed in shared}
+    by_seed = {case: values(experiment, case, measure) for case in weights}
+    seeds = sorted(set.intersection(*map(set, by_seed.values())))
+    if not seeds:
+        cases = " and ".join(map(repr, weights))
+        raise ValueError(f"cases {cases} share no seed: expected the same seeds in all")
+    by_image = {case: _truth_values(experiment, measure, case, seeds) for case in weights}
+    if any(array is None for array in by_image.values()):
+        by_image = {case: np.array([[own[seed]] for seed in seeds]) for case, own in by_seed.items()}
+    if len(images := {array.shape[1] for array in by_image.values()}) > 1:
+        counts = " and ".join(map(str, sorted(images)))
+        raise ValueError(f"{measure!r} was measured on {counts} images: expected the same in all cases")
+    return seeds, sum(weight * by_image[case] for case, weight in weights.items())
 
 
-def share_by_image(experiment: Mapping, measure: str, case: str, seeds: Sequence[int]) -> np.ndarray | None:
-    """For each image the share of the seeds for which the measure is true, (N,); None if the rows do not hold it."""
-    rows = [row for row in experiment["rows"] if row["case"] == case and row["seed"] in seeds]
-    if any(measure not in row.get("by image", {}) for row in rows):
+def _truth_values(experiment: Mapping, measure: str, case: str, seeds: Sequence[int]) -> np.ndarray | None:
+    """Whether the measure is true, (seeds, images) as 0 or 1; None if a row does not hold it."""
+    rows = {row["seed"]: row for row in experiment["rows"] if row["case"] == case}
+    if any(measure not in rows[seed].get("by image", {}) for seed in seeds):
         return None
-    packed = [row["by image"][measure] for row in rows]
+    packed = [rows[seed]["by image"][measure] for seed in seeds]
     bits = [np.unpackbits(np.frombuffer(base64.b64decode(p["bits"]), np.uint8), count=p["images"]) for p in packed]
-    return np.mean(bits, axis=0)
+    return np.stack(bits).astype(np.float64)
 
 
 def cost(experiment: Mapping) -> float:

@@ -1,22 +1,24 @@
-"""Training and measuring many students over a row store, and the search for their learning rates."""
+"""Training and measuring many students over a row store."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdlib.data import ImageSet
+from kdlib.data import ImageSet, Targets
 from kdlib.evaluate import agreement, predict_logits, scores
 from kdlib.lab.batched import train_many
 from kdlib.lab.rows import Job, RowStore
-from kdlib.models import build, network_name
+from kdlib.models import NETWORKS, build, network_name
+from kdlib.published import Network
 from kdlib.soft_labels import LiveTeacher
 from kdlib.train import Recipe, fingerprint, train
+
+AT_ONCE = 32  # networks in one program: many more are slower, since their weights leave the cache
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def train_setups(
     seeds: Sequence[int],
     measured_on: Mapping[str, ImageSet],
     *,
-    teacher: nn.Module | None = None,
+    teachers: Mapping[int, Network] | None = None,
     batched: bool = False,
 ) -> dict[str, list[dict]]:
     """Train a student for each setup and seed, and measure it: one row each, those in the store excepted.
@@ -44,8 +46,9 @@ def train_setups(
     Args:
         setups: ``case -> setup``.
         measured_on: ``split -> images``. On ``"test"`` the measures are called accuracy, nll and ece; on any other
-            split its name stands before them: "validation accuracy".
-        teacher: whose agreement with the students is measured too.
+            split its name stands before them: "validation accuracy". Which images were classified correctly is kept of
+            the test images only.
+        teachers: by seed; if given, each student's agreement with the teacher of its seed is measured too.
         batched: train what is missing as one batched program per architecture. It changes the time that small networks
             take on a CPU, and nothing else. What cannot be trained so (mixup, cutout) is trained alone.
 
@@ -58,80 +61,51 @@ def train_setups(
         TypeError: a network, loss or targets cannot be identified, so that nothing could tell their rows from others.
     """
     measured = {"measured on": {split: images.identity for split, images in measured_on.items()}}
-    measured |= {"agreement with": LiveTeacher(teacher).identity} if teacher else {}
-    wanted = {
-        (case, seed): fingerprint(s.network, s.data, s.loss_fn, replace(s.recipe, seed=seed), _targets(s, seed))
-        | measured
-        for case, s in setups.items()
-        for seed in seeds
-    }
-
-    @functools.cache
-    def teacher_logits() -> dict[str, Tensor]:
-        return {split: predict_logits(teacher, images) for split, images in measured_on.items()} if teacher else {}
+    agreed = {seed: LiveTeacher(teachers[seed].model).identity for seed in seeds} if teachers else {}
+    wanted = {}
+    for case, setup in setups.items():
+        known: dict = {}
+        for seed in seeds:
+            more = {"agreement with": agreed[seed]} if teachers else {}
+            wanted[case, seed] = _made_from(setup, seed, known) | measured | more
 
     def run(jobs: list[Job]) -> list[dict]:
         models = _train([setups[case] for case, _ in jobs], [seed for _, seed in jobs])
-        return [_measures(model, measured_on, teacher_logits()) for model in models]
+        return [
+            _measures(model, measured_on, teachers[seed].logits if teachers else None)
+            for model, (_, seed) in zip(models, jobs, strict=True)
+        ]
 
     rows = store.measure_all(wanted, run, group=functools.partial(_programs, setups) if batched else None)
     return {case: [rows[case, seed] for seed in seeds] for case in setups}
 
 
-def search_rate(
-    store: RowStore,
-    setups: Mapping[str, TrainingSetup],
-    rates: Sequence[float],
-    seeds: Sequence[int],
-    validation: ImageSet,
-    *,
-    beyond: int = 2,
-    batched: bool = False,
-) -> dict[str, dict[float, float]]:
-    """Mean validation accuracy of each setup at each learning rate, in ascending order of the rates.
+def _made_from(setup: TrainingSetup, seed: int, known: dict) -> dict:
+    """What decides the outcome of a setup with that seed.
 
-    All get the same list. If the best rate is the first or the last of it, the search goes on beyond that end by the
-    same factor, up to `beyond` times.
-
-    Args:
-        setups: ``name -> setup``; the learning rates of their recipes are ignored.
-        rates: tried first, in ascending order.
-        seeds: to train with, none of those that are reported.
-        validation: the images that decide.
-        batched: as for :func:`train_setups`.
-
-    Returns:
-        ``name -> rate -> accuracy``, fractions of 1.
+    The same as :func:`kdlib.train.fingerprint`, which reads the code of network and loss: for one of kdlib's networks
+    by name that is the same for all seeds, and is kept in `known`.
     """
-    tried: dict[str, dict[float, float]] = {name: {} for name in setups}
-    to_try = dict.fromkeys(setups, tuple(rates))
-    for _ in range(beyond + 1):
-        trials = {f"search: {name}, rate {rate:g}": (name, rate) for name, more in to_try.items() for rate in more}
-        at_rate = {
-            case: replace(setups[name], recipe=replace(setups[name].recipe, learning_rate=rate))
-            for case, (name, rate) in trials.items()
-        }
-        rows = train_setups(store, at_rate, seeds, {"validation": validation}, batched=batched)
-        for case, (name, rate) in trials.items():
-            tried[name][rate] = float(np.mean([row["validation accuracy"] for row in rows[case]]))
-        tried = {name: dict(sorted(by_rate.items())) for name, by_rate in tried.items()}
-        to_try = {name: _next_rate(by_rate) for name, by_rate in tried.items() if _next_rate(by_rate)}
-    return tried
+    recipe, targets = replace(setup.recipe, seed=seed), _targets(setup, seed)
+    if not known or setup.network not in list(NETWORKS) or not isinstance(targets, Targets | None):
+        known.update(fingerprint(setup.network, setup.data, setup.loss_fn, recipe, targets))
+    changing = {"recipe": asdict(recipe), "targets": targets.identity if targets else None}
+    return dict(known) | changing
 
 
-def _targets(setup: TrainingSetup, seed: int) -> Callable | None:
+def _targets(setup: TrainingSetup, seed: int) -> Targets | None:
     return setup.targets(seed) if setup.targets else None
 
 
 def _programs(setups: Mapping[str, TrainingSetup], jobs: list[Job]) -> list[list[Job]]:
-    """The jobs (case, seed) in groups that `train_many` can train at once."""
+    """The jobs (case, seed) in groups that `train_many` can train at once, small enough for a processor's cache."""
     groups: dict[tuple, list[Job]] = {}
     for case, seed in jobs:
         setup = setups[case]
         alone = (case, seed) if setup.recipe.mixup or setup.recipe.cutout else ()
         shared = replace(setup.recipe, seed=0, learning_rate=1.0, weight_decay=0.0)
         groups.setdefault((setup.network, id(setup.data), shared, *alone), []).append((case, seed))
-    return list(groups.values())
+    return [group[k : k + AT_ONCE] for group in groups.values() for k in range(0, len(group), AT_ONCE)]
 
 
 def _train(setups: Sequence[TrainingSetup], seeds: Sequence[int]) -> list[nn.Module | None]:
@@ -154,26 +128,17 @@ def _train(setups: Sequence[TrainingSetup], seeds: Sequence[int]) -> list[nn.Mod
     return list(models)
 
 
-def _measures(model: nn.Module | None, measured_on: Mapping[str, ImageSet], teacher_logits: Mapping) -> dict:
+def _measures(
+    model: nn.Module | None, measured_on: Mapping[str, ImageSet], teacher_logits: Mapping[str, Tensor] | None
+) -> dict:
     measures: dict[str, object] = {"diverged": float(model is None)}
     for split, images in measured_on.items():
         prefix = "" if split == "test" else f"{split} "
         labels = images.labels.cpu()
         logits = torch.zeros(len(images), images.classes) if model is None else predict_logits(model, images)
         result = scores(logits, labels)
-        correct = logits.argmax(1) == labels
+        correct = logits.argmax(1) == labels if split == "test" else result.accuracy
         measures |= {f"{prefix}accuracy": correct, f"{prefix}nll": result.nll, f"{prefix}ece": result.ece}
-        if split in teacher_logits:
+        if teacher_logits is not None:
             measures[f"{prefix}agreement"] = agreement(logits, teacher_logits[split])
     return measures
-
-
-def _next_rate(by_rate: Mapping[float, float]) -> tuple[float, ...]:
-    """The rate beyond the end of the list where the best one is; none if the best one is inside."""
-    rates = list(by_rate)  # ascending
-    best = max(by_rate, key=by_rate.__getitem__)
-    if len(rates) > 1 and best == rates[-1]:
-        return (rates[-1] ** 2 / rates[-2],)
-    if len(rates) > 1 and best == rates[0]:
-        return (rates[0] ** 2 / rates[1],)
-    return ()

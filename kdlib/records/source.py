@@ -79,11 +79,17 @@ def syntax_tree(function: types.FunctionType, name: str) -> ast.FunctionDef | as
     source = "".join(linecache.getlines(code.co_filename, function.__globals__))
     if not source:
         raise IdentityError(f"the source of {name} is not there: define it in a module or a cell")
-    tree, compiled = _parsed(source, code.co_flags & __future__.annotations.compiler_flag)
-    tree = tree.get((code.co_name, code.co_firstlineno))
-    if tree is None or code not in compiled:  # the file says something else than what was imported
+    flags, place = code.co_flags & __future__.annotations.compiler_flag, (code.co_name, code.co_firstlineno)
+    trees, compiled = _parsed(source, flags)
+    if place not in trees or code not in compiled:  # the file says something else than what was imported
         raise IdentityError(f"the source of {name} has changed since it was imported: restart Python")
-    tree = copy.deepcopy(tree)
+    return copy.copy(_bare(source, flags, place, name))  # the caller may change its decorators
+
+
+@functools.lru_cache(maxsize=256)
+def _bare(source: str, flags: int, place: tuple[str, int], name: str) -> ast.FunctionDef | ast.AsyncFunctionDef:
+    """The tree of the function at `place`, stripped; once, since the lab asks for the same ones hundreds of times."""
+    tree = copy.deepcopy(_parsed(source, flags)[0][place])
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             documented = ast.get_docstring(node, clean=False) is not None
