@@ -245,9 +245,7 @@ def test_an_unknown_data_set_is_refused_with_the_known_names(name, hint):
 
 
 def test_a_path_that_holds_no_data_set_is_refused_with_what_is_expected(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"mine\.npz': no such file or folder; expected one of digits, cifar10"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"mine\.npz': no such file or folder; expected one of digits, cifar10"):
         load_data(tmp_path / "mine.npz")
     with pytest.raises(
         FileNotFoundError, match=r"mine': no such file or folder; expected one of digits, .*or of a folder"

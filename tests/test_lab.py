@@ -544,7 +544,7 @@ def peaks(monkeypatch):
         name = next(name for name, network in networks.items() if network == model.network)
         values = model.recipe.learning_rate, model.recipe.weight_decay
         distance = sum(abs(np.log(a / b)) for a, b in zip(values, peaks[name], strict=True))
-        distance += abs(np.log(getattr(model.loss_fn, "keywords", {}).get("label_smoothing", 0.1) / 0.1))
+        distance += abs(getattr(model.loss_fn, "keywords", {}).get("label_smoothing", 0.1) - 0.1)
         return {"validation accuracy": 1 / (1 + distance)}
 
     monkeypatch.setattr(training, "_train", trained)
@@ -587,8 +587,35 @@ def test_axes_are_searched_one_after_the_other_at_the_best_so_far(tmp_path, digi
     )  # fmt: skip
     assert found["plain"].best == {"learning_rate": 0.2}
     assert found["plain"].setup.recipe.weight_decay == 1e-4
-    # where the first two axes cross, one training serves both; smoothing starts from none
-    assert len(asked) == 3 + (3 + 2 + 3)
+    assert list(found["inside"].tried["learning_rate"]) == [0.1, 0.2, 0.4]  # the second time, at the best decay
+    assert found["inside"].accuracy == max(found["inside"].tried["learning_rate"].values())
+    # where axes cross, one training serves both; smoothing starts from none
+    assert len(asked) == 3 + (3 + 2 + 3) + 2
+
+
+def test_the_first_axis_is_searched_again_at_the_best_of_the_others(tmp_path, digits, monkeypatch):
+    def measures(setup, *_):  # the best rate is that at which rate times decay is 1e-4, and the best decay is 1e-4
+        rate, decay = setup.recipe.learning_rate, setup.recipe.weight_decay
+        return {"validation accuracy": 1 / (1 + abs(np.log(rate * decay / 1e-4)) + abs(np.log(decay / 1e-4)))}
+
+    monkeypatch.setattr(training, "_train", lambda setups, seeds: list(setups))
+    monkeypatch.setattr(training, "_measures", measures)
+    start = setup(digits)
+    start = replace(start, recipe=replace(start.recipe, weight_decay=1e-3))
+    axes = {"learning_rate": (0.05, 0.1, 0.2), "weight_decay": (1e-4, 1e-3)}
+    found = lab.tune(RowStore(tmp_path / "x.json"), {"a": start}, axes, (1000,), digits.validation)["a"]
+    assert found.best == {"learning_rate": pytest.approx(0.8), "weight_decay": 1e-4}
+    assert found.at_edge == ("learning_rate",)
+
+
+def test_a_list_that_starts_at_zero_goes_on_at_its_other_end(tmp_path, digits, peaks):
+    _, networks = peaks
+    start = replace(setup(digits, loss_fn=F.cross_entropy), network=networks["inside"])
+    start = replace(start, recipe=replace(start.recipe, weight_decay=1e-3))
+    axes = {"label_smoothing": (0.0, 0.025, 0.05)}
+    found = lab.tune(RowStore(tmp_path / "x.json"), {"a": start}, axes, (1000,), digits.validation)["a"]
+    assert found.best == {"label_smoothing": 0.1}
+    assert list(found.tried["label_smoothing"]) == [0.0, 0.025, 0.05, 0.1, 0.2]
 
 
 def test_a_closed_axis_ends_where_its_list_ends(tmp_path, digits, peaks):

@@ -23,6 +23,7 @@ class Tuned:
     setup: TrainingSetup  # with the best values
     best: dict[str, float] = field(default_factory=dict)  # axis -> value
     tried: dict[str, dict[float, float]] = field(default_factory=dict)  # axis -> value -> mean validation accuracy
+    accuracy: float = float("nan")  # on the validation images, at the best values
     at_edge: tuple[str, ...] = ()  # open axes whose best value is the first or last that was tried
 
 
@@ -40,7 +41,8 @@ def tune(
     """The best values for each case, one axis after the other: each is searched at the best values of those before it.
 
     The best value is that of the highest mean validation accuracy. If it is the first or the last of its list, the
-    search goes on beyond that end by the same factor, up to `beyond` times.
+    search goes on beyond that end by the same factor, up to `beyond` times. At last the first axis is searched once
+    more, around its best value, since that depends on the others: the best learning rate on decay and temperature.
 
     Args:
         setups: ``case -> setup``.
@@ -59,8 +61,9 @@ def tune(
         if not values or list(values) != sorted(set(values)):
             raise ValueError(f"axis {name} has the values {values!r}: expected some, in ascending order")
     found = {case: Tuned(setup) for case, setup in setups.items()}
-    for place in range(max((len(own) for own in of_case.values()), default=0)):
-        now = {case: list(own.items())[place] for case, own in of_case.items() if place < len(own)}
+    for place in range(max((len(own) + 1 for own in of_case.values()), default=0)):
+        now = {case: _axis(own, place, found[case]) for case, own in of_case.items()}
+        now = {case: axis for case, axis in now.items() if axis}
         tried: dict[str, dict[float, float]] = {case: {} for case in now}
         to_try = {case: tuple(values) for case, (_, values) in now.items()}
         for _ in range(beyond + 1):
@@ -88,14 +91,25 @@ def search_rows(tuned: Mapping[str, Tuned]) -> tuple[list[str], list[list[str]]]
     rows = []
     for case, result in tuned.items():
         mark = {name: " (at an end)" if name in result.at_edge else "" for name in names}
-        last = result.tried[list(result.tried)[-1]] if result.tried else {}
         values = [f"{result.best[n]:g}{mark[n]}" if n in result.best else "–" for n in names]
-        rows.append([case, *values, f"{max(last.values()):.2%}" if last else "–"])
+        rows.append([case, *values, f"{result.accuracy:.2%}" if result.tried else "–"])
     return ["", *(name.replace("_", " ") for name in names), "validation accuracy"], rows
 
 
 def _is_shared(axes: Mapping) -> bool:
     return not any(isinstance(value, Mapping) for value in axes.values())
+
+
+def _axis(axes: Axes, place: int, result: Tuned) -> tuple[str, Sequence[float]] | None:
+    """The axis that is searched at that place; after the last one, if there are several, the first around its best."""
+    if place < len(axes):
+        return list(axes.items())[place]
+    if place > len(axes) or len(axes) < 2:
+        return None
+    name = next(iter(axes))
+    values = list(result.tried[name])
+    at = values.index(result.best[name])
+    return name, values[max(0, at - 1) : at + 2]
 
 
 def _label(setup: TrainingSetup, axes: Axes, name: str, value: float) -> str:
@@ -114,23 +128,23 @@ def _with(setup: TrainingSetup, name: str, value: float) -> TrainingSetup:
 
 def _settled(result: Tuned, name: str, by_value: Mapping[float, float], closed: Sequence[str]) -> Tuned:
     best = max(by_value, key=by_value.__getitem__)
-    at_end = name not in closed and len(by_value) > 1 and best in (min(by_value), max(by_value))
+    values = {*result.tried.get(name, {}), *by_value}
+    at_end = name not in closed and len(values) > 1 and best in (min(values), max(values))
     return Tuned(
         setup=_with(result.setup, name, best),
         best={**result.best, name: best},
         tried={**result.tried, name: dict(by_value)},
-        at_edge=(*result.at_edge, name) if at_end else result.at_edge,
+        accuracy=by_value[best],
+        at_edge=tuple(axis for axis in result.at_edge if axis != name) + ((name,) if at_end else ()),
     )
 
 
 def _beyond(by_value: Mapping[float, float]) -> tuple[float, ...]:
-    """The value beyond the end of the list where the best one is; none if the best one is inside."""
+    """The value beyond the end of the list where the best one is; none if the best one is inside, or next to a zero."""
     values = list(by_value)  # ascending
     best = max(by_value, key=by_value.__getitem__)
-    if len(values) < 2 or values[0] <= 0:
-        return ()
-    if best == values[-1]:
+    if len(values) > 1 and best == values[-1] and values[-2] > 0:
         return (float(f"{values[-1] ** 2 / values[-2]:.6g}"),)
-    if best == values[0]:
+    if len(values) > 1 and best == values[0] > 0:
         return (float(f"{values[0] ** 2 / values[1]:.6g}"),)
     return ()
