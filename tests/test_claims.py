@@ -329,6 +329,26 @@ def test_runs_are_pooled_if_their_seeds_are_disjoint():
         pooled()
 
 
+@pytest.mark.parametrize(
+    ("asked", "verdict"),
+    [
+        (MORE, INCONCLUSIVE),  # more in one run, and not in the other
+        (compare("accuracy", "soft", "hard", margin=0.2), CONTRADICTED),  # not by so much in any
+        (compare("accuracy", "soft", "hard", margin=0.095), INCONCLUSIVE),
+        (compare("accuracy", "soft", "hard", sign=0, margin=0.2), SUPPORTED),
+        (compare("accuracy", "soft", "hard", sign=0, margin=0.001), INCONCLUSIVE),
+    ],
+)
+def test_a_comparison_on_which_two_runs_disagree_is_not_decided(asked, verdict):
+    many = [0.6] * 12
+    first = rows(hard=[0.5] * 12, soft=[value + 0.001 * k for k, value in enumerate(many)])
+    second = rows(first_seed=100, hard=[0.5] * 3, soft=[0.499, 0.5, 0.4995])
+    both = pooled(first, second)
+    mean, half, n = difference(both, "accuracy", "soft", "hard")
+    assert (mean - half > 0, n) == (True, 15)  # the pooled interval alone would decide it
+    assert judge(claim(asked), both).verdict == verdict
+
+
 def test_verdicts_are_of_both_runs_and_of_each(tmp_path):
     first = by_image(tmp_path, images=6000, asked=ASKED, hard=0.50, soft=0.52)
     second = by_image(tmp_path / "2", (7, 8), images=6000, asked=ASKED, hard=0.5, soft=0.5)

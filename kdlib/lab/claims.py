@@ -7,7 +7,7 @@ interval.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import scipy.stats
@@ -111,6 +111,9 @@ def interval(table: np.ndarray) -> Estimate:
     freedom are Satterthwaite's, no fewer than the seeds' own; the interval is Student's t. A table (seeds, 1) has seeds
     alone. With a single seed the interval is unbounded.
 
+    The seeds of several runs count as one sample. What the seeds of a run share, such as training images and a search,
+    is then not in the interval: two runs cannot tell how much it varies. :func:`judge` therefore asks each run, too.
+
     Coverage in simulations with 10,000 images: 94.8 to 95.2 % with 10 or 20 seeds, whichever of the parts are zero.
     With fewer seeds it falls where images and residual matter about equally, to 93.5 % with 4 and 92.4 % with 3. With
     50 images, where V_images is uncertain too, it rises to 96 %. (Were it no less than V_images as well, it would be
@@ -176,7 +179,8 @@ def judge(claim: Claim | Mapping, experiment: Mapping) -> Judgement:
     """Whether the measurements support a claim.
 
     A comparison is borne out if its whole 95 % interval lies beyond the margin (for *about the same*: within it), and
-    contradicted if the whole interval lies on the other side. The claim is supported if all are borne out, partly
+    contradicted if the whole interval lies on the other side; of several runs the mean of each must lie there, too,
+    otherwise it is neither. The claim is supported if all are borne out, partly
     supported if some are and none is contradicted, mixed if there are some of both, contradicted if none is borne out
     and some are contradicted, and inconclusive if there is neither.
     """
@@ -185,9 +189,13 @@ def judge(claim: Claim | Mapping, experiment: Mapping) -> Judgement:
     for comparison in claim["comparisons"]:
         found = estimate(experiment, comparison)
         low, high = _direction(comparison, found)
+        each = [
+            _direction(comparison, replace(found, mean=mean, half=0.0))[0] for mean in _means(comparison, experiment)
+        ]
         margin = comparison["margin"]
-        borne_out.append(low > margin if comparison["sign"] else high < margin)
-        contradicted.append(high < margin if comparison["sign"] else low > margin)
+        above, below = low > margin and min(each) > margin, high < margin and max(each) < margin
+        borne_out.append(above if comparison["sign"] else below)
+        contradicted.append(below if comparison["sign"] else above)
         estimates.append(found)
         measured.append(_in_words(comparison, found))
     if all(borne_out):
@@ -197,6 +205,13 @@ def judge(claim: Claim | Mapping, experiment: Mapping) -> Judgement:
     else:
         verdict = CONTRADICTED if any(contradicted) else INCONCLUSIVE
     return Judgement(verdict, tuple(estimates), tuple(measured), tuple(contradicted))
+
+
+def _means(comparison: Mapping, experiment: Mapping) -> list[float]:
+    """The means of a comparison's weighted sum, one for each run."""
+    seeds, table = weighted(experiment, comparison["measure"], comparison["weights"])
+    runs = experiment.get("runs", [seeds])
+    return [float(table[np.isin(seeds, own)].mean()) for own in runs if set(own) & set(seeds)]
 
 
 def _direction(comparison: Mapping, found: Estimate) -> tuple[float, float]:
@@ -219,7 +234,7 @@ def _in_words(comparison: Mapping, found: Estimate) -> str:
 
 
 def pooled(*experiments: Mapping) -> dict:
-    """Several runs of one experiment as one, with the claims of the first.
+    """Several runs of one experiment as one, with the claims of the first; ``runs`` lists the seeds of each.
 
     Raises:
         ValueError: none, or runs that share a seed: their rows are not independent.
@@ -230,4 +245,5 @@ def pooled(*experiments: Mapping) -> dict:
     if len(set().union(*seeds)) < sum(map(len, seeds)):
         shared = sorted(seed for seed in set().union(*seeds) if sum(seed in own for own in seeds) > 1)
         raise ValueError(f"runs share the seeds {shared}: expected disjoint ones, since their rows are not independent")
-    return {**experiments[0], "rows": [row for experiment in experiments for row in experiment["rows"]]}
+    rows = [row for experiment in experiments for row in experiment["rows"]]
+    return {**experiments[0], "rows": rows, "runs": [sorted(own) for own in seeds]}
