@@ -225,6 +225,13 @@ def test_the_canary_notices_what_is_broken(page, file, old, new, figure):
     assert state.reasons[1] == f"code of kdlib.{file.removesuffix('.py')} changed"
 
 
+def test_another_split_of_a_data_set_matters_to_the_pages_that_use_it_alone(page):
+    change(page.kdlib / "datasets.py", r'("mnist": Source\(.*)validation=5_000', r"\1validation=2_500")
+    assert page.state().kind == "tidied"
+    change(page.kdlib / "datasets.py", r"validation=1147", "validation=1146")
+    assert page.state().kind == "stale"
+
+
 def test_renamed_variables_and_moved_functions_leave_a_page_current(page):
     change(page.kdlib / "data.py", r"\bdy\b", "row_offset")
     change(page.kdlib / "losses.py", r"\blog_student\b", "log_probabilities")

@@ -228,7 +228,8 @@ def shown_controls() -> str:
     return (
         f"\nOn MNIST (profile laptop, {counted}, each with its own teacher) the gain in test accuracy is {gain} if "
         "both students are tuned alike. If the student alone is offered everything, twice the epochs included, it is "
-        f"{left}: {ahead[0]}. If the distilled student, too, may train for twice the epochs, it is {longer}: {ahead[1]}.\n\n"
+        f"{left}: {ahead[0]}. If the distilled student, too, may train for twice the epochs, it is {longer}: "
+        f"{ahead[1]}.\n\n"
     )
 
 

@@ -29,6 +29,7 @@ import trees
 from notebooks import BOOK, ROOT, STAMP, Chapter, chapters
 
 import kdlib
+from kdlib.datasets import DATA_SETS
 from kdlib.records import artefacts
 
 GPU_UNCHANGED = BOOK / "published" / "gpu_unchanged.json"
@@ -76,7 +77,7 @@ def stamp(chapter: Chapter, profile: str) -> dict:
     for topic, figures in run_canary(trees.PACKAGE).items() if modules else ():
         module, _, network = topic.partition(" ")
         if f"kdlib.{module}" in modules and re.search(rf"\b{network}\b", text):
-            canary |= figures
+            canary |= of_the_page(figures, text)
     return {
         "commit": commit(),
         "depends_on": {
@@ -88,6 +89,12 @@ def stamp(chapter: Chapter, profile: str) -> dict:
             "canary": canary,
         },
     }
+
+
+def of_the_page(figures: dict, text: str) -> dict:
+    """The figures that concern a page with that code and recipe: those of a data set only if its name is in there."""
+    elsewhere = {name for name in DATA_SETS if not re.search(rf"\b{name}\b", text)}
+    return {name: figure for name, figure in figures.items() if name.rpartition(", ")[2] not in elsewhere}
 
 
 def state(chapter: Chapter, stamp: dict) -> State:
@@ -108,7 +115,8 @@ def state(chapter: Chapter, stamp: dict) -> State:
     changes += changed_recipe(stamp["profile"], then["recipe"])
     modules = [name for name, digest in then["modules"].items() if trees.module_digest(name) != digest]
     if modules or trees.gpu_digest() != then["gpu"]:  # what of kdlib/gpu runs on a CPU, the canary can judge
-        changes += changed_figures(then["canary"])
+        text = "\n".join([*code_cells(chapter), json.dumps(then["recipe"])])
+        changes += changed_figures(of_the_page(then["canary"], text))
     code_only = not changes
     if trees.cells_digest(code_cells(chapter)) != then["cells"]:
         changes.append("code cells changed: execute it, or compose it again from the published records")
