@@ -18,6 +18,7 @@ from kdlib.lab import replication
 
 NARROW = 0.0025  # an interval's half-width: half the margin of 0.5 points that "about the same" usually asks for
 RUNS = ("first run alone", "second run alone")
+PART_TWO = "07"  # its first chapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +147,15 @@ def shown_counts(found: list[Finding]) -> str:
     """The counts, in Markdown."""
     if not found:
         return "\nNo chapter is published at profile laptop or full yet, so there are no verdicts.\n\n"
-    return "\n" + "\n\n".join(opening(counts(found))) + "\n\n"
+    return "\n" + "\n\n".join([*opening(counts(found)), *missing(found)]) + "\n\n"
+
+
+def missing(found: list[Finding]) -> Iterator[str]:
+    """Which chapters of part two the page says nothing of."""
+    there = {finding.chapter.number for finding in found}
+    absent = [f"[{c.number}]({c.path.name})" for c in chapters() if c.number >= PART_TWO and c.number not in there]
+    if absent:
+        yield f"**Not there yet.** Chapters without a published run at profile laptop or full: {', '.join(absent)}."
 
 
 def shown(found: list[Finding]) -> str:
