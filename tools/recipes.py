@@ -38,9 +38,10 @@ FEW, ALL = 100, 2000  # images in chapter 12's smallest part, and in all of them
 more = partial(lab.compare, "accuracy")
 # fmt: off
 LINES = (  # situation, setting, experiment, comparison; advice if it is supported; advice if it is contradicted
-    Line("You have labels and a teacher", "distil at all?", CONTROLS, more("distilled, tuned", "alone, everything"),
-         "Distil, with rate, weight decay and T searched: it gains more than all that needs no teacher",
-         "Train alone, with smoothing, cutout and mixup, and a longer budget: it gains more"),
+    Line("You have labels and a teacher", "distil at all?", CONTROLS,
+         more("distilled, twice the epochs", "alone, everything"),
+         "Distil, and train for as long as you would train the student alone",
+         "Train alone, with whatever helps of smoothing, cutout, mixup and a longer budget"),
     Line("You have labels and no teacher", "label smoothing", LADDER, more("label smoothing", "hard labels"),
          "Smooth the labels; search the strength from 0.05 upwards",
          "Leave label smoothing out"),
