@@ -128,7 +128,7 @@ class RowStore:
         if self.path.exists() and not self._backed_up:
             backup = self.path.with_name(f"{self.path.stem}.{artefacts.digest(load(self.path)['rows'])}.json")
             shutil.copy(self.path, backup)
-            print(f"{self.path} holds measurements that this run does not ask for; kept as {backup.name}")
+            print(f"{self.path.name} holds measurements that this run does not ask for; kept as {backup.name}")
         self._backed_up = True
 
     def _content(self, rows: list[dict], claims: list[dict]) -> dict:
