@@ -23,7 +23,12 @@ def part_of(split: str) -> str:
 
 
 def split_rows(arrays: dict[str, np.ndarray], validation: int | None) -> dict[str, np.ndarray]:
-    """The rows of the training arrays, or of the test arrays, that each split holds."""
+    """The rows (N,) of the training arrays, or of the test arrays, that each split holds.
+
+    Args:
+        arrays: of a data set, by name; see :mod:`kdlib.sources.files`.
+        validation: images held out of the training set; None: a tenth of it, at most ``VALIDATION``.
+    """
     labels = arrays["train_labels"]
     if validation is None or validation >= len(labels):  # the reader's own set, or a file with a part of one of ours
         validation = min(VALIDATION, len(labels) // 10)
@@ -34,7 +39,7 @@ def split_rows(arrays: dict[str, np.ndarray], validation: int | None) -> dict[st
 
 
 def stratified(labels: np.ndarray, count: int, classes: int) -> np.ndarray:
-    """The first rows of each class, `count` in all, as evenly as the classes allow; in ascending order."""
+    """The first rows of each class of labels (N,), `count` in all, as evenly as the classes allow; ascending."""
     by_class = [np.flatnonzero(labels == c) for c in range(classes)]
     rounds = np.concatenate([np.arange(len(rows)) for rows in by_class])  # a row's rank within its class
     order = np.lexsort((np.concatenate(by_class), rounds))

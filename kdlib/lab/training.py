@@ -18,7 +18,7 @@ from kdlib.published import Network
 from kdlib.soft_labels import LiveTeacher
 from kdlib.train import Recipe, fingerprint, train
 
-AT_ONCE = 32  # networks in one program: many more are slower, since their weights leave the cache
+AT_ONCE = 32  # networks in one program: more are no faster, and none is saved before all of them are trained
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _targets(setup: TrainingSetup, seed: int) -> Targets | None:
 
 
 def _programs(setups: Mapping[str, TrainingSetup], jobs: list[Job]) -> list[list[Job]]:
-    """The jobs (case, seed) in groups that `train_many` can train at once, small enough for a processor's cache."""
+    """The jobs (case, seed) in groups that `train_many` can train at once."""
     groups: dict[tuple, list[Job]] = {}
     for case, seed in jobs:
         setup = setups[case]

@@ -20,7 +20,7 @@ def in_canonical_order(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarr
 
 
 def in_order(train_images, train_labels, test_images, test_labels, class_names) -> dict[str, np.ndarray]:
-    """The arrays of a data set by name, each split in canonical order."""
+    """The five arrays of a data set by name, each split in canonical order: images (N, H, W, C), labels (N,)."""
     splits = *in_canonical_order(train_images, train_labels), *in_canonical_order(test_images, test_labels)
     return dict(zip(ARRAYS, (*splits, class_names), strict=True))
 
@@ -29,11 +29,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a data set's file, checked; in canonical order.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is damaged, holds Python objects, or whose arrays are not those of a data set.
+        ValueError: a file that is not there or damaged, holds Python objects, or whose arrays are not those of a data set.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"data set file {path} is not there: check the path, or name a set that kdlib knows")
     try:
         with open(path, "rb") as file:  # np.load leaves a damaged file open
             stored = np.load(file, allow_pickle=False)
