@@ -29,7 +29,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a data set's file, checked; in canonical order.
 
     Raises:
-        ValueError: a file that is not there or damaged, holds Python objects, or whose arrays are not those of a data set.
+        ValueError: a file that is missing or damaged, holds Python objects, or has not the arrays of a data set.
     """
     try:
         with open(path, "rb") as file:  # np.load leaves a damaged file open
