@@ -15,7 +15,7 @@ from kdlib.models import find_network, network_name
 from kdlib.records import artefacts
 from kdlib.records.artefacts import did_you_mean
 from kdlib.records.fetch import clone_folder
-from kdlib.splits import Part
+from kdlib.sources.splits import Part
 from kdlib.train import Recipe
 
 
