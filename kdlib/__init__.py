@@ -19,6 +19,7 @@ from kdlib.models import build, count_parameters
 from kdlib.profiles import notebook_settings, resolve
 from kdlib.published import Network, load_published, load_student, load_teacher, measured
 from kdlib.soft_labels import LiveTeacher, SoftLabels, generate, load_or_generate
+from kdlib.sources.teachers import adapt_teacher
 from kdlib.train import Recipe, load_or_train, train
 
 # Raised by hand if a change alters what a GPU computes; pages published under another number are stale.
@@ -30,6 +31,7 @@ __all__ = [
     "Network",
     "Recipe",
     "SoftLabels",
+    "adapt_teacher",
     "build",
     "count_parameters",
     "distillation_loss",

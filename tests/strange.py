@@ -55,7 +55,7 @@ def grey(values: np.ndarray) -> np.ndarray:
     return np.round(values).astype(np.uint8)
 
 
-# --- files that are no pictures of the set -----------------------------------------------------------------------------
+# --- files that are no pictures of the set ------------------------------------------------------------------------
 
 
 def finder_copy(f):
@@ -91,7 +91,7 @@ def thumbs_and_notes(f):
     (f.root / "train/readme.md").write_text("x")
 
 
-# --- names and places --------------------------------------------------------------------------------------------------
+# --- names and places ---------------------------------------------------------------------------------------------
 
 
 def capital_endings(f):
@@ -208,7 +208,7 @@ def nothing_labelled_and_no_validation(f):
     return r"class 'cat' has no validation image"
 
 
-# --- links and other files ---------------------------------------------------------------------------------------------
+# --- links and other files ----------------------------------------------------------------------------------------
 
 
 def _outside(f) -> Path:
@@ -319,7 +319,7 @@ def a_picture_just_too_large(f):
     return r"big\.png is not an image.*exceeds limit"
 
 
-# --- kinds of pictures -------------------------------------------------------------------------------------------------
+# --- kinds of pictures --------------------------------------------------------------------------------------------
 
 
 def sixteen_bits(f, file="deep.png"):
@@ -463,7 +463,7 @@ def sizes_to_resize(f):
     f.options = {"size": 6}
 
 
-# --- the same picture twice --------------------------------------------------------------------------------------------
+# --- the same picture twice ---------------------------------------------------------------------------------------
 
 
 def a_test_picture_among_the_training_ones(f):
