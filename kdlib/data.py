@@ -33,7 +33,7 @@ class ImageSet:
 
     name: str  # "cifar10/train"
     images: Tensor  # (N, H, W, C) uint8
-    labels: Tensor  # (N,) int64
+    labels: Tensor  # (N,) int64; -1 for none
     class_names: tuple[str, ...]
     mean: tuple[float, ...]  # (C,) of the training images, on a scale from 0 to 1
     std: tuple[float, ...]  # (C,) likewise
@@ -274,6 +274,6 @@ def mixup(batch: Batch, strength: float, classes: int, generator: torch.Generato
     first, second = torch._standard_gamma(concentration, generator=generator)
     share = first / (first + second)
     other = torch.randperm(len(batch.images), generator=generator, device=device)
-    labels = torch.nn.functional.one_hot(batch.labels, classes).to(dtype)
+    labels = torch.nn.functional.one_hot(batch.labels.clamp(min=0), classes).to(dtype)  # -1, no label, is never read
     images = share * batch.images + (1 - share) * batch.images[other]
     return Batch(images, share * labels + (1 - share) * labels[other], batch.indices, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +149,7 @@ def generate(
 
 
 def load_or_generate(
-    folder: Path,
+    folder: str | PathLike,
     teacher: nn.Module,
     data: ImageSet,
     views: int | None,
@@ -161,7 +162,7 @@ def load_or_generate(
 
     What is matched: the images, the number of views (None: all there are), and the teacher's weights.
     """
-    views = data.resolve_views(views)
+    folder, views = Path(folder), data.resolve_views(views)
     made_from = {"data": data.identity, "views": views, "teacher": LiveTeacher(teacher).identity}
     path = artefacts.find(folder, file, made_from)
     if path is None:
@@ -173,13 +174,14 @@ def load_or_generate(
     return load_soft_labels(path, data)
 
 
-def load_soft_labels(path: Path, data: ImageSet) -> SoftLabels:
+def load_soft_labels(path: str | PathLike, data: ImageSet) -> SoftLabels:
     """The soft labels of a file.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that is damaged, or whose array does not fit `data`.
     """
+    path = Path(path)
     logits = torch.from_numpy(artefacts.load_array(path))
     check_array(logits, data, str(path))
     made_for = artefacts.record(path).get("fingerprint", {}).get("data", "images that no record names")

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ import strange
 import torch
 from PIL import Image
 
+import kdlib
+from kdlib import LiveTeacher, Recipe, SoftLabels, distillation_loss, generate
 from kdlib.datasets import data_folder, from_dataset, load_data
 
 pytestmark = pytest.mark.usefixtures("isolated")
@@ -297,3 +301,38 @@ def test_large_images_have_no_more_views_than_soft_labels_can_hold():
     noise = np.random.RandomState(0).randint(0, 256, (8, 64, 96, 3)).astype(np.uint8)
     data = from_dataset(Plain(noise, [0, 1] * 4), Plain(noise[::-1][:2] // 2, [0, 1]))
     assert len(data.train.view_table) == 81
+
+
+# --- images without labels -----------------------------------------------------------------------------------------
+
+
+def test_a_student_learns_from_a_teacher_alone_what_images_without_labels_show(tmp_path):
+    folder = strange.Folder(tmp_path / "photos")
+    strange.nothing_labelled_in_train(folder)
+    train = load_data(folder.root).train
+    assert train.labels.tolist() == [-1] * 5
+    teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(240, 2))
+    logits = torch.from_numpy(generate(teacher, train, 1, progress=False))
+    recipe = Recipe(epochs=2, batch_size=5, learning_rate=0.01, views=1)
+
+    def learn(loss_fn, targets=None, recipe=recipe):
+        student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(240, 2))
+        return kdlib.train(student, train, loss_fn, recipe, targets=targets, progress=False)
+
+    soft_labels = SoftLabels(logits, train.identity)
+    from_teacher = partial(distillation_loss, temperature=2.0, alpha=0)
+    assert learn(from_teacher, soft_labels).loss[-1] > 0
+    assert learn(from_teacher, LiveTeacher(teacher), replace(recipe, mixup=1.0)).loss[-1] > 0
+    message = r"5 of 5 images of photos/train have no label \(-1\): expected .* alpha=0, which needs none"
+    for loss_fn, targets in (
+        (torch.nn.functional.cross_entropy, None),
+        (partial(distillation_loss, temperature=2.0, alpha=0.1), soft_labels),
+    ):
+        with pytest.raises(ValueError, match=message):
+            learn(loss_fn, targets)
+
+
+def test_a_limit_takes_images_without_labels_too(tmp_path):
+    folder = strange.Folder(tmp_path / "photos")
+    strange.unlabelled_pictures(folder)
+    assert sorted(load_data(folder.root, limit=6).train.labels.tolist()) == [-1, -1, 0, 0, 1, 1]
