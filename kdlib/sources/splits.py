@@ -36,11 +36,13 @@ def split_rows(arrays: Mapping[str, np.ndarray], validation: int | None) -> dict
     }
     if "validation_labels" in arrays:
         return rows
-    if validation is None or validation >= len(labels):  # the reader's own set, or a file with a part of one of ours
+    if validation is None:
         share = min(0.1, VALIDATION / len(labels))
         by_class = [np.flatnonzero(labels == c) for c in range(classes)]
         held_out = np.sort(np.concatenate([own[len(own) - max(1, int(share * len(own))) :] for own in by_class]))
     else:
+        if validation >= len(labels):  # a file with a part of one of our sets
+            validation = min(VALIDATION, len(labels) // 10)
         held_out = np.sort(len(labels) - 1 - stratified(labels[::-1], validation, classes))
     return {"train": np.setdiff1d(rows["train"], held_out), "validation": held_out, "test": rows["test"]}
 
