@@ -8,10 +8,11 @@ evaluate     logits, accuracy, calibration, latency
 train        one loop for everybody
 
 sources/ reads files and folders of images and splits them; records/ saves what was computed and uses it again only if
-it is what is wanted; gpu/ makes it fast, and changes no result beyond rounding; lab/ is part two's bench, which nothing
-here needs.
+it is what is wanted; gpu/ makes it fast, and changes no result beyond rounding; checks/ looks for mistakes before
+a long training; lab/ is part two's bench, which nothing here needs.
 """
 
+from kdlib.checks.preflight import preflight
 from kdlib.datasets import from_dataset, load_data
 from kdlib.evaluate import predict_logits
 from kdlib.losses import distillation_loss, distillation_terms
@@ -47,6 +48,7 @@ __all__ = [
     "measured",
     "notebook_settings",
     "predict_logits",
+    "preflight",
     "resolve",
     "train",
 ]
