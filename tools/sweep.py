@@ -269,7 +269,7 @@ def save(folder: Path, runs: Mapping[str, Mapping], grid: Sequence[Mapping[str, 
     writer = csv.writer(lines)
     writer.writerow([*grid[0], *measures, "outcome", "seconds", "folder"])
     for values, known, where in zip(grid, runs.values(), folders, strict=True):
-        measured = [known["results"].get(name, "") for name in measures]
+        measured = [round(known["results"][name], 6) if name in known["results"] else "" for name in measures]
         outcome = known["outcome"].partition("\n")[0]
         writer.writerow([*values.values(), *measured, outcome, f"{known['seconds']:.1f}", where.as_posix()])
     (folder / "sweep.csv").write_text(lines.getvalue(), encoding="utf-8")
@@ -277,11 +277,11 @@ def save(folder: Path, runs: Mapping[str, Mapping], grid: Sequence[Mapping[str, 
 
 
 def picture(path: Path, runs: Mapping[str, Mapping], grid: Sequence[Mapping[str, str]]) -> None:
-    """What came out against the first parameter: one curve for each combination of the others but the seed."""
+    """What came out against the first parameter: one curve for each combination of the others that vary."""
     import matplotlib.pyplot as plt
 
-    names = [name for name in grid[0] if name != "seed"] or ["seed"]
-    first, *others = names
+    varied = [name for name in grid[0] if name != "seed" and len({values[name] for values in grid}) > 1]
+    first, *others = varied or list(grid[0])[:1]
     measures = [m for m in dict.fromkeys(name for known in runs.values() for name in known["results"])]
     measures = [m for m in measures if m.endswith(("distilled", "gain"))]
     if not measures:
