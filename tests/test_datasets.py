@@ -21,7 +21,7 @@ from PIL import Image
 from kdlib.data import mean_and_std
 from kdlib.datasets import DATA_SETS, data_folder, load_data
 from kdlib.sources.arrays import read_npz
-from kdlib.sources.order import canonical_order
+from kdlib.sources.order import in_canonical_order
 from kdlib.sources.splits import Part, stratified
 
 pytestmark = pytest.mark.usefixtures("isolated")
@@ -54,14 +54,9 @@ def toy(tmp_path):
 # --- order ---------------------------------------------------------------------------------------------------------
 
 
-def sorted_by_content(images, labels):
-    order, _ = canonical_order(images, labels)
-    return images[order], labels[order]
-
-
 def test_the_canonical_order_is_that_of_the_images_digests_and_keeps_each_label_with_its_image():
     arrays = make_arrays()
-    images, labels = sorted_by_content(arrays["train_images"], arrays["train_labels"])
+    images, labels = in_canonical_order(arrays["train_images"], arrays["train_labels"])
     digests = [hashlib.sha256(image.tobytes()).digest() for image in images]
     assert digests == sorted(digests)
     before = dict(zip(keys(arrays["train_images"]), arrays["train_labels"], strict=True))
@@ -70,17 +65,17 @@ def test_the_canonical_order_is_that_of_the_images_digests_and_keeps_each_label_
 
 def test_the_canonical_order_is_the_same_whatever_the_order_before_and_stays_as_it_is():
     arrays = make_arrays()
-    first = sorted_by_content(arrays["train_images"], arrays["train_labels"])
+    first = in_canonical_order(arrays["train_images"], arrays["train_labels"])
     shuffled = np.random.RandomState(1).permutation(120)
     for images, labels in (first, (arrays["train_images"][shuffled], arrays["train_labels"][shuffled])):
-        again = sorted_by_content(images, labels)
+        again = in_canonical_order(images, labels)
         np.testing.assert_array_equal(again[0], first[0])
         np.testing.assert_array_equal(again[1], first[1])
 
 
 def test_of_equal_images_the_one_with_the_smaller_label_comes_first():
     images = np.zeros((3, 2, 2, 1), np.uint8)
-    assert sorted_by_content(images, np.array([2, 0, 1]))[1].tolist() == [0, 1, 2]
+    assert in_canonical_order(images, np.array([2, 0, 1]))[1].tolist() == [0, 1, 2]
 
 
 def test_a_files_order_does_not_matter(toy, tmp_path):

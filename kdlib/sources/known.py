@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdlib.sources.order import canonical_order
+from kdlib.sources.order import in_canonical_order
 from kdlib.sources.splits import VALIDATION, stratified
 
 
@@ -27,8 +27,7 @@ def _digits(_: Path) -> dict[str, np.ndarray]:
 
     digits = load_digits()
     images, labels = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None], digits.target.astype(np.int64)
-    order, _ = canonical_order(images, labels)
-    images, labels = images[order], labels[order]
+    images, labels = in_canonical_order(images, labels)
     test = stratified(labels, 500, 10)
     train = np.setdiff1d(np.arange(len(images)), test)
     return {

@@ -18,6 +18,12 @@ def canonical_order(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray,
     return np.array(order, np.int64), [keys[k][0] for k in order]
 
 
+def in_canonical_order(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, H, W, C) and labels (N,) in that order."""
+    order, _ = canonical_order(images, labels)
+    return images[order], labels[order]
+
+
 def put_in_order(arrays: dict[str, np.ndarray]) -> list[str]:
     """Sort each split of a data set's arrays, in place in the dictionary, so that no third copy of it is in memory.
 
