@@ -4,15 +4,26 @@ PYTHON   ?= python3
 PROFILE  ?= quick
 CHAPTERS ?=
 PARAMS   ?=
+GRID     ?=
+RUNS     ?=
 
 TOOLS  = .venv/bin/python tools
 CHOSEN = --profile "$(PROFILE)" --chapters "$(CHAPTERS)"
 
-.PHONY: book test site publish status bench
+.PHONY: book sweep runs compare test site publish status bench
 .DEFAULT_GOAL := book
 
 book: .venv/.installed    ## run the chapters, render them, print the results and where the page is
 	@$(TOOLS)/book.py book $(CHOSEN) --params "$(PARAMS)"
+
+sweep: .venv/.installed   ## the chapters with every combination of GRID="temperature=1,2,4 seed=0,1,2"
+	@$(TOOLS)/book.py sweep $(CHOSEN) --grid "$(GRID)"
+
+runs: .venv/.installed    ## what was run, with which parameters, and what came out
+	@$(TOOLS)/book.py runs
+
+compare: .venv/.installed ## two runs side by side: make compare RUNS="quick quick-1a2b3c4d"
+	@$(TOOLS)/book.py compare --runs "$(RUNS)"
 
 test: .venv/.installed    ## ruff, the tests, and the notebooks against their committed outputs
 	@$(TOOLS)/book.py test

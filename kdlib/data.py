@@ -33,12 +33,20 @@ class ImageSet:
 
     name: str  # "cifar10/train"
     images: Tensor  # (N, H, W, C) uint8
-    labels: Tensor  # (N,) int64
+    labels: Tensor  # (N,) int64; -1 for none
     class_names: tuple[str, ...]
     mean: tuple[float, ...]  # (C,) of the training images, on a scale from 0 to 1
     std: tuple[float, ...]  # (C,) likewise
     padding: int = 0  # pixels of black around an image, from which a view is cropped
     flip: bool = False  # whether a view may be mirrored: only if a mirrored image keeps its class
+
+    def __post_init__(self):
+        height, width = self.images.shape[1:3]
+        if len(self.images) != len(self.labels) or not 0 <= 2 * self.padding <= min(height, width):
+            raise ValueError(
+                f"{self.name} has {len(self.images)} images of {width}x{height} pixels, {len(self.labels)} labels and "
+                f"padding={self.padding}: expected one label per image, and at most half of the shorter side as padding"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -186,17 +194,21 @@ class Data(NamedTuple):
     test: ImageSet
 
 
-def mean_and_std(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def mean_and_std(images: np.ndarray, rows: np.ndarray | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of (N, H, W, C) uint8, on a scale from 0 to 1, to six digits.
 
     They come from a histogram of the bytes, which needs no floating-point copy of the images.
+
+    Args:
+        rows: of the images that count; None: all.
     """
     # quotients in float32, as the fingerprints of published data sets have them
     values = (np.arange(256, dtype=np.uint8) / np.float32(255)).astype(np.float64)
     mean, std = [], []
     for channel in range(images.shape[3]):
         # image by image, since bincount copies what it counts to int64
-        counts = sum(np.bincount(image[..., channel].ravel(), minlength=256) for image in images)
+        chosen = range(len(images)) if rows is None else rows
+        counts = sum(np.bincount(images[row, ..., channel].ravel(), minlength=256) for row in chosen)
         centre = counts @ values / counts.sum()
         spread = np.sqrt(counts @ (values - centre) ** 2 / counts.sum())
         mean.append(round(float(centre), 6))
@@ -262,6 +274,6 @@ def mixup(batch: Batch, strength: float, classes: int, generator: torch.Generato
     first, second = torch._standard_gamma(concentration, generator=generator)
     share = first / (first + second)
     other = torch.randperm(len(batch.images), generator=generator, device=device)
-    labels = torch.nn.functional.one_hot(batch.labels, classes).to(dtype)
+    labels = torch.nn.functional.one_hot(batch.labels.clamp(min=0), classes).to(dtype)  # -1, no label, is never read
     images = share * batch.images + (1 - share) * batch.images[other]
     return Batch(images, share * labels + (1 - share) * labels[other], batch.indices, None)

@@ -1,4 +1,4 @@
-"""Where images come from: scikit-learn, torchvision, or a file or folder of the reader's own; and how they are split.
+"""Where images come from: scikit-learn, torchvision, or the reader's own; and how they are split.
 
 A data set is kept as one file, ``<KDLIB_DATA>/<name>.npz``, in canonical order: each split is sorted by the SHA-256 of
 its images' bytes, so that index i is the same image on every machine, and published soft labels fit.
@@ -6,133 +6,178 @@ its images' bytes, so that index i is the same image on every machine, and publi
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from kdlib.data import Data, ImageSet, mean_and_std
 from kdlib.records.artefacts import atomic_write, did_you_mean
-from kdlib.sources.files import in_canonical_order, in_order, read_image_folder, read_npz
-from kdlib.splits import VALIDATION, Part, part_of, split_rows, stratified, within
+from kdlib.sources.arrays import checked, read_npz
+from kdlib.sources.folders import read_folder
+from kdlib.sources.indexed import names_of, read_indexed
+from kdlib.sources.known import DATA_SETS, Source
+from kdlib.sources.order import put_in_order
+from kdlib.sources.pictures import resized
+from kdlib.sources.splits import Part, check_complete, described, part_of, split_rows, within
 
 
 def data_folder() -> Path:
     """``$KDLIB_DATA``, or a folder in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("KDLIB_DATA") or cache / "kdlib").expanduser()
+    if own := os.environ.get("KDLIB_DATA"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "kdlib"
 
 
-def load_data(name: str | os.PathLike, *, limit: int | Part | None = None) -> Data:
+def load_data(
+    name: str | os.PathLike,
+    *,
+    limit: int | Part | None = None,
+    size: int | None = None,
+    padding: int | None = None,
+    flip: bool | None = None,
+) -> Data:
     """A data set, split into training, validation and test images.
 
     Args:
         name: one of ``DATA_SETS``; or the path of an ``.npz`` file, or of a folder of images with
-            ``train/<class>/*`` and ``test/<class>/*``.
+            ``train/<class>/*``, ``test/<class>/*`` and perhaps ``val/<class>/*``. A Path is never one of the names.
         limit: at most so many images in each split, taken evenly from all classes; or a part of the training images.
+        size: resize the shorter side of every image to so many pixels, and cut a square from its centre.
+        padding: pixels by which a view may be shifted. By default as the set in ``DATA_SETS`` has it; of the reader's
+            own an eighth of the shorter side, at most 4, so that there are at most 81 views to make soft labels of.
+        flip: whether a mirrored image keeps its class. By default False for the reader's own: of a digit it does not.
 
-    The validation images are the last of each class in canonical order: 2,500 in all, 5,000 of MNIST, 1,147 of the
-    digits, and of the reader's own set a tenth if that is fewer. They are chosen before `limit`: no run trains on one.
+    The validation images are the reader's own, if there are any. Otherwise they are the last of each class in canonical
+    order: 2,500 in all, 5,000 of MNIST, 1,147 of the digits, a tenth of each class of the reader's own set. They are
+    chosen before `limit`: no run trains on one. A printed line says what was read of the reader's own set.
+
+    Training images without a label have the label −1: a student can learn of them from a teacher alone.
 
     Raises:
-        ValueError: an unknown name, a limit that is too small or too large, or a file that does not hold a data set.
+        ValueError: an unknown name, an option out of range, a class without images in one of the splits, or a file that
+            does not hold a data set.
         FileNotFoundError: a set that is not there and could not be downloaded.
     """
-    label, arrays, source = _read(name)
-    class_names = tuple(str(n) for n in arrays["class_names"])
+    size = _whole("size", size, 2)
+    if isinstance(name, str) and name in DATA_SETS:
+        label, arrays, source, remarks = name, _read_stored(name), DATA_SETS[name], []
+    else:
+        label, arrays, remarks = _read_own(name, size)
+        source = Source(padding=None, flip=False, validation=None, load=None)
+    return _split(label, arrays, source, remarks, limit=limit, size=size, padding=padding, flip=flip)
+
+
+def from_dataset(
+    train: Any,
+    test: Any,
+    *,
+    validation: Any = None,
+    class_names: Sequence[str] | None = None,
+    name: str = "own",
+    limit: int | Part | None = None,
+    size: int | None = None,
+    padding: int | None = None,
+    flip: bool | None = None,
+) -> Data:
+    """The same from any data sets that are asked by index: torchvision's, Hugging Face's, or a plain ``Dataset``.
+
+    Args:
+        train, test, validation: with ``len()`` and ``[i]``; what an item may be, see
+            :func:`kdlib.sources.indexed.read_indexed`. The images are read once, into memory.
+        class_names: in the order of the labels; by default what `train` or `test` tells, otherwise the numbers.
+        name: in records and messages.
+
+    Raises:
+        TypeError: a data set without length or index.
+        ValueError: as for :func:`load_data`; of an item, the message names its index.
+    """
+    size = _whole("size", size, 2)
+    arrays: dict[str, np.ndarray] = {}
+    for split, dataset in {"train": train, "validation": validation, "test": test}.items():
+        if dataset is not None:
+            arrays[f"{split}_images"], arrays[f"{split}_labels"] = read_indexed(dataset, f"{name}/{split}", size)
+    names = class_names if class_names is not None else names_of(train) or names_of(test)
+    if names is not None:
+        arrays["class_names"] = np.array([str(n) for n in names])
+    arrays, source = checked(arrays, name), Source(padding=None, flip=False, validation=None, load=None)
+    return _split(name, arrays, source, [], limit=limit, size=size, padding=padding, flip=flip)
+
+
+def _split(label, arrays, source, remarks, *, limit, size, padding, flip) -> Data:
+    """The splits of a data set's arrays, which are emptied: two copies of the images are in memory, never three."""
+    if size and arrays["train_images"].shape[1:3] != (size, size):
+        for kept in [kept for kept in arrays if kept.endswith("_images")]:
+            arrays[kept] = np.concatenate([resized(one[None], size) for one in arrays[kept]])
+    leaks = put_in_order(arrays)
     rows = split_rows(arrays, source.validation)
+    if source.load is None:
+        check_complete(rows, arrays, label)
+        print(f"{label}: {'; '.join([*described(rows, arrays), *remarks])}")
+        if leaks:
+            warnings.warn(f"{label}: {'; '.join(leaks)}. What is measured on them says little", stacklevel=3)
     if limit is not None:
-        rows = within(limit, rows, arrays, label)
-    mean, std = mean_and_std(arrays["train_images"][rows["train"]])
-    shared = dict(class_names=class_names, mean=mean, std=std, padding=source.padding, flip=source.flip)
-    splits = []
+        rows = within(limit if isinstance(limit, Part) else operator.index(limit), rows, arrays, label)
+    height, width = arrays["train_images"].shape[1:3]
+    padding = _whole("padding", padding, 0, most=min(height, width) // 4)
+    if padding is None:
+        padding = min(min(height, width) // 8, 4) if source.padding is None else source.padding
+    if flip is not None and flip not in (0, 1):
+        raise ValueError(f"flip is {flip!r}: expected True or False")
+    mean, std = mean_and_std(arrays["train_images"], rows["train"])
+    class_names = tuple(str(n) for n in arrays["class_names"])
+    shared = dict(mean=mean, std=std, padding=padding, flip=bool(source.flip if flip is None else flip))
+    splits = {}
     for split, chosen in rows.items():
-        images, labels = (torch.from_numpy(arrays[f"{part_of(split)}_{kind}"][chosen]) for kind in ("images", "labels"))
-        splits.append(ImageSet(f"{label}/{split}", images, labels, **shared))
-    return Data(*splits)
+        images, labels = (arrays[f"{part_of(split, arrays)}_{kind}"][chosen] for kind in ("images", "labels"))
+        splits[split] = ImageSet(
+            f"{label}/{split}", torch.from_numpy(images), torch.from_numpy(labels), class_names, **shared
+        )
+    return Data(**splits)
 
 
-# --- data sets by name ---------------------------------------------------------------------------------------------
+def _whole(name: str, value: Any, least: int, most: int | None = None) -> int | None:
+    """A whole number, of Python's or NumPy's kind, within bounds; None stays None."""
+    if value is None:
+        return None
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least or (most is not None and number > most):
+        bound = f"from {least} to {most}, a quarter of the shorter side" if most is not None else f"of at least {least}"
+        raise ValueError(f"{name} is {value!r}: expected a whole number of pixels {bound}")
+    return number
 
 
-class Source(NamedTuple):
-    """Where a data set comes from, and how its images are split and viewed."""
-
-    padding: int  # pixels, see ImageSet
-    flip: bool  # whether a mirrored image keeps its class
-    validation: int | None  # images held out of the training set; None: a tenth, at most VALIDATION
-    load: Callable[[Path], dict[str, np.ndarray]] | None  # called with the data folder; returns the ARRAYS
-
-
-def _digits(_: Path) -> dict[str, np.ndarray]:
-    """The 1,797 handwritten digits that come with scikit-learn, 8x8 pixels in 16 shades; 500 of them are the test."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    images, labels = in_canonical_order(images, digits.target.astype(np.int64))
-    test = stratified(labels, 500, 10)
-    train = np.setdiff1d(np.arange(len(images)), test)
-    return in_order(images[train], labels[train], images[test], labels[test], np.array([str(d) for d in range(10)]))
-
-
-def _torchvision(dataset: str) -> Callable[[Path], dict[str, np.ndarray]]:
-    def load(folder: Path) -> dict[str, np.ndarray]:
-        import torchvision
-
-        kind = getattr(torchvision.datasets, dataset)
-        train, test = (kind(folder / "downloads", train=split, download=True) for split in (True, False))
-        arrays = []
-        for split in (train, test):
-            images = np.asarray(split.data)
-            arrays += [images if images.ndim == 4 else images[..., None], np.asarray(split.targets, np.int64)]
-        return in_order(*arrays, np.array([name.split(" - ")[0] for name in train.classes]))  # MNIST's "3 - three"
-
-    return load
-
-
-DATA_SETS = {
-    # Only 150 of the digits are for training, so that a student alone falls well behind its teacher, and there are
-    # enough others to make choices by.
-    "digits": Source(padding=1, flip=False, validation=1147, load=_digits),
-    "cifar10": Source(padding=4, flip=True, validation=VALIDATION, load=_torchvision("CIFAR10")),
-    "cifar100": Source(padding=4, flip=True, validation=VALIDATION, load=_torchvision("CIFAR100")),
-    "mnist": Source(padding=2, flip=False, validation=5_000, load=_torchvision("MNIST")),
-    "fashion_mnist": Source(padding=2, flip=True, validation=VALIDATION, load=_torchvision("FashionMNIST")),
-}
-
-
-def _read(name: str | os.PathLike) -> tuple[str, dict[str, np.ndarray], Source]:
-    """The label, the arrays and the source of a data set that is given by its name or path."""
-    if str(name) in DATA_SETS:
-        return str(name), _read_stored(str(name)), DATA_SETS[str(name)]
+def _read_own(name: str | os.PathLike, size: int | None) -> tuple[str, dict[str, np.ndarray], list[str]]:
+    """The label and the arrays of the reader's own data set, given by its path; and remarks."""
     path = Path(name).expanduser()
-    if path.suffix == ".npz" and path.exists():
-        arrays = read_npz(path)
-    elif path.is_dir():
-        arrays = read_image_folder(path)
-    elif path.suffix or path.parent != Path("."):
+    if path.suffix == ".npz" and path.is_file():
+        return path.stem, read_npz(path), []
+    if path.is_dir():
+        return path.resolve().name, *read_folder(path, size)
+    if isinstance(name, os.PathLike) or path.suffix or path.parent != Path("."):
         wrong = "neither an .npz file nor a folder" if path.exists() else "no such file or folder"
         raise FileNotFoundError(
             f"data set {str(name)!r}: {wrong}; expected one of {', '.join(DATA_SETS)}, or the path of an .npz file or "
             "of a folder of images"
         )
-    else:
-        raise ValueError(
-            f"data set {str(name)!r} is unknown: expected one of {', '.join(DATA_SETS)}, the path of an .npz file, or "
-            f"the path of a folder with train/<class>/ and test/<class>/{did_you_mean(str(name), DATA_SETS)}"
-        )
-    # views that are safe for any images; for others, replace padding and flip in the ImageSet
-    return path.stem, arrays, Source(arrays["train_images"].shape[1] // 8, flip=False, validation=None, load=None)
+    raise ValueError(
+        f"data set {str(name)!r} is unknown: expected one of {', '.join(DATA_SETS)}, the path of an .npz file, or "
+        f"the path of a folder with train/<class>/ and test/<class>/{did_you_mean(str(name), DATA_SETS)}"
+    )
 
 
 def _read_stored(name: str) -> dict[str, np.ndarray]:
     """One of ``DATA_SETS`` from its file, which is downloaded and written if it is not there."""
     if name == "digits":
-        return _digits(data_folder())  # it comes with scikit-learn: nothing to download, nothing to keep
+        return DATA_SETS[name].load(data_folder())  # it comes with scikit-learn: nothing to download, nothing to keep
     path = data_folder() / f"{name}.npz"
     if path.exists():
         return read_npz(path)
@@ -145,6 +190,7 @@ def _read_stored(name: str) -> dict[str, np.ndarray]:
             f"reach the network once, or put the file there from another machine, or set KDLIB_DATA to the folder "
             f"that holds {name}.npz"
         ) from error
+    put_in_order(arrays)
     with atomic_write(path) as partial:
         np.savez(partial, **arrays)
     return arrays

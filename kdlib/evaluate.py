@@ -6,6 +6,7 @@ import datetime
 import json
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,10 +56,23 @@ def predict_logits(
         with gpu.tuned_convolutions(device), gpu.mixed_precision(device):
             for indices in order.split(batch_size):
                 images = data.batch(indices, torch.full_like(indices, view))
-                logits.append(at_least_float32(model(gpu.lay_out(images, layout))))
+                logits.append(at_least_float32(outputs_of(model(gpu.lay_out(images, layout)))))
     finally:
         model.train(was_training)
     return torch.cat(logits)[: len(data)].cpu()
+
+
+def outputs_of(made: object) -> Tensor:
+    """The tensor among what a network returns: itself, the first of a tuple, or the logits of a mapping or object."""
+    if hasattr(made, "logits"):
+        made = made.logits
+    if isinstance(made, Mapping):
+        made = next((made[key] for key in ("logits", "out", "output", "pred") if key in made), None)
+    if isinstance(made, (tuple, list)) and made:
+        made = made[0]
+    if not isinstance(made, Tensor):
+        raise ValueError(f"the network returns a {type(made).__name__}: expected a tensor of logits, or what holds one")
+    return made
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kdlib.losses import check_weights
@@ -15,7 +16,8 @@ from kdlib.models import find_network, network_name
 from kdlib.records import artefacts
 from kdlib.records.artefacts import did_you_mean
 from kdlib.records.fetch import clone_folder
-from kdlib.splits import Part
+from kdlib.sources.known import DATA_SETS
+from kdlib.sources.splits import Part
 from kdlib.train import Recipe
 
 
@@ -36,6 +38,9 @@ class Profile:
     beta: float | None = None  # weight of the soft term; None: 1 - alpha
     seed: int = 0
     limit: int | Part | None = None  # images in each split at most, or a part of the training images
+    size: int | None = None  # of the images, which are resized and cropped to it; None: as they are
+    padding: int | None = None  # pixels by which a view may be shifted; None: as kdlib.load_data sets it
+    flip: bool | None = None  # whether a view may be mirrored; None: likewise
     threads: int | None = None  # CPU threads for PyTorch; None: as many as it takes by itself
     start_from: str = "scratch"  # or "published": from the teacher's published logits, without the teacher
     n_search: int = 2  # seeds of part two's searches
@@ -46,6 +51,11 @@ class Profile:
     def base(self) -> str:
         """The profile's name, of a second run that of the first: ``laptop`` for ``laptop-repeat``."""
         return self.name.removesuffix("-repeat")
+
+    @property
+    def images(self) -> dict[str, object]:
+        """How the images are read: keywords of :func:`kdlib.load_data`."""
+        return {name: getattr(self, name) for name in ("limit", "size", "padding", "flip")}
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -133,8 +143,8 @@ PROFILES = {
 PROFILES["laptop-repeat"] = replace(PROFILES["laptop"], name="laptop-repeat", limit=Part(2_000, block=1), seed=100)
 
 PARAMETERS = (
-    "dataset", "teacher", "student", "limit", "epochs", "views", "temperature", "alpha", "beta", "n_seeds", "seed",
-    "start_from",
+    "dataset", "teacher", "student", "limit", "size", "padding", "flip", "epochs", "views", "temperature", "alpha",
+    "beta", "n_seeds", "seed", "start_from",
 )  # fmt: skip
 START_FROM = ("scratch", "published")
 
@@ -150,9 +160,10 @@ def resolve(name: str = "auto", *, run: str | None = None, **overrides) -> Profi
         run: names the folder of a run with overrides, ``<profile>-<run>``; None: a hash of the overrides.
         overrides: `dataset` (as :func:`kdlib.load_data` takes it), `teacher` and `student` (networks, as
             :func:`kdlib.build` takes them; the student replaces all of the profile's), `limit` (images in each split),
-            `epochs` (of teacher and students), `views` (of the soft labels, and so of the students), `temperature`,
-            `alpha`, `beta`, `n_seeds`, `seed` (the first of the students', and the teacher's), `start_from`
-            ("published": recorded logits stand in for the teacher; "scratch", as None, overrides nothing).
+            `size`, `padding` and `flip` (of the images, see :func:`kdlib.load_data`), `epochs` (of teacher and
+            students), `views` (of the soft labels, and so of the students), `temperature`, `alpha`, `beta`, `n_seeds`,
+            `seed` (the first of the students', and the teacher's), `start_from` ("published": recorded logits stand in
+            for the teacher; "scratch", as None, overrides nothing).
 
     Raises:
         ValueError: an unknown profile, network or start, or a value out of range.
@@ -176,6 +187,7 @@ def resolve(name: str = "auto", *, run: str | None = None, **overrides) -> Profi
             overrides[key] = float(overrides[key])
     profile, effective = PROFILES[name], {}
     for key, value in overrides.items():
+        value = value.item() if isinstance(value, np.generic) else value  # a number of NumPy's as one of Python's
         changed = _override(profile, key, value)
         if changed != profile:  # a value that the profile has anyway needs no folder of its own
             value = network_name(value) if callable(value) else value  # its str() has an address in memory
@@ -208,12 +220,12 @@ def notebook_settings(variables: Mapping[str, object]) -> Profile:
     declared = [name for name in annotations if name in ("profile", "run", *PARAMETERS)]
     if "settings" not in variables:  # run again in the same notebook, there are the notebook's own variables too
         for name, value in variables.items():
-            plain = value is None or isinstance(value, (str, int, float, bool, list, dict))
+            plain = value is None or isinstance(value, (str, int, float, bool, list, dict, np.generic))
             if plain and not name.startswith("_") and name not in declared and name not in ("In", "Out"):
                 _check_known(name, declared)
     values = {name: variables[name] for name in declared}
     for name, value in values.items():
-        if not (value is None or callable(value) or isinstance(value, (str, int, float, os.PathLike))):
+        if not (value is None or callable(value) or isinstance(value, (str, int, float, np.generic, os.PathLike))):
             raise TypeError(
                 f"parameter {name} is a {type(value).__name__}: expected a plain value; run the parameters cell again"
             )
@@ -241,7 +253,8 @@ def _override(profile: Profile, key: str, value) -> Profile:
         find_network(value)  # raises if there is none
         return replace(profile, **({"teacher": value} if key == "teacher" else {"students": (value,)}))
     if key == "dataset":
-        return replace(profile, dataset=str(value))
+        known = isinstance(value, os.PathLike) and str(value) in DATA_SETS  # a path is a path, whatever its name
+        return replace(profile, dataset=f".{os.sep}{value}" if known else str(value))
     if key == "start_from" and value not in START_FROM:
         raise ValueError(
             f"start_from is {value!r}: expected one of {', '.join(START_FROM)}{did_you_mean(value, START_FROM)}"

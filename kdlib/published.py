@@ -159,7 +159,9 @@ def measured(settings: Profile, name: str, compute: Callable[[], object]) -> obj
 
 def described(settings: Profile) -> dict:
     """The settings that decide what a run's networks and figures are, as JSON has them."""
-    decisive = {name: dataclasses.asdict(settings)[name] for name in DECISIVE}
+    of_settings = dataclasses.asdict(settings)
+    decisive = {name: of_settings[name] for name in DECISIVE}
+    decisive |= {name: of_settings[name] for name in ("size", "padding", "flip") if of_settings[name] is not None}
     return json.loads(json.dumps(decisive, default=str))  # a network of the reader's own may be a function
 
 

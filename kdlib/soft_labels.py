@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from kdlib import gpu
 from kdlib.data import Batch, ImageSet
-from kdlib.evaluate import predict_logits
+from kdlib.evaluate import outputs_of, predict_logits
 from kdlib.losses import at_least_float32
 from kdlib.records import artefacts, identity
+from kdlib.sources.teachers import check_logits, examine
 from kdlib.train import Recipe, Targets, progress_bar
 
 
@@ -97,7 +99,7 @@ class LiveTeacher(Targets):
             self._layout = gpu.place(self.model, device, batch.images)
             self._run = gpu.optimize_for_gpu(self.model, device, self._layout, for_inference=True)
         with torch.no_grad(), gpu.mixed_precision(device):
-            return at_least_float32(self._run(gpu.lay_out(batch.images, self._layout)))
+            return at_least_float32(outputs_of(self._run(gpu.lay_out(batch.images, self._layout))))
 
     @property
     def identity(self) -> dict:
@@ -109,8 +111,8 @@ class LiveTeacher(Targets):
         return LiveTeacher(self.model.to(device))
 
     def check(self, data: ImageSet, recipe: Recipe) -> None:
-        """Put the teacher into eval mode."""
-        self.model.eval()
+        """Put the teacher into eval mode, and look at what it says of some images (:mod:`kdlib.sources.teachers`)."""
+        examine(self.model.eval(), data)
 
 
 def generate(
@@ -126,7 +128,8 @@ def generate(
     Half precision keeps a logit of 20 to within 0.008, far below what one seed of the teacher differs from the next.
 
     Raises:
-        ValueError: more views than `data` has.
+        ValueError: more views than `data` has, or a teacher that gives no finite (N, classes) logits. A warning says if
+            they agree with few labels (:func:`kdlib.sources.teachers.check_logits`).
     """
     views = data.resolve_views(views)
     device = gpu.pick_device(device)
@@ -137,13 +140,16 @@ def generate(
     largest = float(np.finfo(np.float16).max)  # a hardly trained teacher may exceed it; infinity would end the training
     with progress_bar(views, progress, unit="view") as bar:
         for view in range(views):
-            logits[view] = predict_logits(teacher, data, view=view, device=device).clamp(-largest, largest).numpy()
+            made = predict_logits(teacher, data, view=view, device=device)
+            if view == 0:
+                check_logits(made, data)
+            logits[view] = made.clamp(-largest, largest).numpy()
             bar.update()
     return logits
 
 
 def load_or_generate(
-    folder: Path,
+    folder: str | PathLike,
     teacher: nn.Module,
     data: ImageSet,
     views: int | None,
@@ -156,7 +162,7 @@ def load_or_generate(
 
     What is matched: the images, the number of views (None: all there are), and the teacher's weights.
     """
-    views = data.resolve_views(views)
+    folder, views = Path(folder), data.resolve_views(views)
     made_from = {"data": data.identity, "views": views, "teacher": LiveTeacher(teacher).identity}
     path = artefacts.find(folder, file, made_from)
     if path is None:
@@ -168,13 +174,14 @@ def load_or_generate(
     return load_soft_labels(path, data)
 
 
-def load_soft_labels(path: Path, data: ImageSet) -> SoftLabels:
+def load_soft_labels(path: str | PathLike, data: ImageSet) -> SoftLabels:
     """The soft labels of a file.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that is damaged, or whose array does not fit `data`.
     """
+    path = Path(path)
     logits = torch.from_numpy(artefacts.load_array(path))
     check_array(logits, data, str(path))
     made_for = artefacts.record(path).get("fingerprint", {}).get("data", "images that no record names")

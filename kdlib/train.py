@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -17,9 +18,10 @@ from tqdm import tqdm
 from kdlib import gpu
 from kdlib.data import Batch, ImageSet, Targets, batches, cutout, mixup, steps_per_epoch
 from kdlib.evaluate import predict_logits
-from kdlib.models import NETWORKS, build, network_name
-from kdlib.records import artefacts, identity
+from kdlib.models import build
+from kdlib.records import artefacts
 from kdlib.records.checkpoint import Checkpoint
+from kdlib.records.fingerprint import fingerprint
 from kdlib.records.identity import IdentityError, digest, identify
 
 
@@ -43,6 +45,9 @@ class Recipe:
     seed: int = 0  # of the initial weights, the order and the views
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # a number of NumPy's as one of Python's, which JSON can hold
+                object.__setattr__(self, name, value.item())
         for name, least in {"epochs": 1, "batch_size": 1, "cutout": 0}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -119,13 +124,15 @@ def train(
 
     Raises:
         FloatingPointError: the loss was infinite or not a number. It names the first such step.
-        ValueError: the targets or the recipe do not fit the data, or the checkpoint is of another run.
+        ValueError: the targets or the recipe do not fit the data, labels are missing, or the checkpoint is of another
+            run.
         IdentityError: with a checkpoint, if the objective cannot be identified by its content.
     """
     device = gpu.pick_device(device)
     if isinstance(targets, Targets):
         targets.check(data, recipe)
         targets = targets.to(device)
+    _check_labels(data, loss_fn, targets)
     data, validation = data.to(device), validation and validation.to(device)
     data.resolve_views(recipe.views)  # raises if there are not as many
     key = digest(fingerprint(model, data, loss_fn, recipe, targets)) if checkpoint else None
@@ -177,7 +184,7 @@ def train(
 
 
 def load_or_train(
-    folder: Path,
+    folder: str | PathLike,
     file: str,
     network: str | Callable,
     data: ImageSet,
@@ -198,7 +205,7 @@ def load_or_train(
     Raises:
         IdentityError: the network, the objective or the targets cannot be identified by their content.
     """
-    device = gpu.pick_device(device)
+    folder, device = Path(folder), gpu.pick_device(device)
     model = build(network, data.classes, data.channels, seed=recipe.seed)
     made_from = fingerprint(network, data, loss_fn, recipe, targets, model=model)
     if path := artefacts.find(folder, file, made_from):
@@ -219,51 +226,6 @@ def load_or_train(
     return Trained(model.eval(), history, made_from, folder / file)
 
 
-def fingerprint(
-    network: str | Callable | nn.Module,
-    data: ImageSet,
-    loss_fn: Callable[..., Tensor],
-    recipe: Recipe,
-    targets: Targets | None = None,
-    *,
-    model: nn.Module | None = None,
-) -> dict:
-    """What decides the outcome of a training, by content (see :mod:`kdlib.records.identity`), as a JSON-able dict.
-
-    Args:
-        network: as :func:`kdlib.build` takes it, or a network that is built already: then its weights count.
-        model: what `network` builds, if it has been built.
-
-    Raises:
-        IdentityError: something cannot be identified by its content.
-    """
-    if isinstance(network, nn.Module):
-        name, model = None, network
-    else:
-        name = network_name(network)
-        model = model or build(network, data.classes, data.channels, seed=recipe.seed)
-    if targets is not None and not isinstance(targets, Targets):
-        raise IdentityError(
-            f"targets {targets!r} are neither SoftLabels nor a LiveTeacher: they train, but cannot be identified by "
-            "their content; make soft labels of them with kdlib.generate, or call kdlib.train without a checkpoint"
-        )
-    return {
-        "network": {"name": name, "architecture": identity.network(model), "start": _start(network, model)},
-        "data": data.identity,
-        "loss_fn": identify(loss_fn),
-        "targets": None if targets is None else targets.identity,
-        "recipe": asdict(recipe),
-    }
-
-
-def _start(network: str | Callable | nn.Module, model: nn.Module) -> object:
-    """What decides the first weights beside the seed: the code that makes one of kdlib's networks, else the weights."""
-    if isinstance(network, str) and network in NETWORKS:
-        with contextlib.suppress(IdentityError):
-            return identify(NETWORKS[network])
-    return {"weights": identity.weights(model)}
-
-
 def augment(batch: Batch, recipe: Recipe, classes: int, generator: torch.Generator) -> Batch:
     """The batch after the recipe's cutout and mixup; its views are then None."""
     if recipe.cutout:
@@ -277,6 +239,16 @@ def progress_bar(total: int, progress: bool, initial: int = 0, unit: str = "epoc
     """tqdm's bar, silent if `progress` is False; if it is True, ``TQDM_DISABLE=1`` in the environment still counts."""
     silent = {} if progress else {"disable": True}  # disable=False would overrule the environment
     return tqdm(total=total, initial=initial, unit=unit, leave=False, **silent)
+
+
+def _check_labels(data: ImageSet, loss_fn: Callable, targets: Callable | None) -> None:
+    """ValueError if the objective asks for labels that images do not have, as far as its keywords show."""
+    unlabelled = int((data.labels < 0).sum())
+    if unlabelled and (targets is None or getattr(loss_fn, "keywords", {}).get("alpha")):
+        raise ValueError(
+            f"{unlabelled:,} of {len(data):,} images of {data.name} have no label (-1): expected a label for each, or "
+            "targets of a teacher and alpha=0, which needs none"
+        )
 
 
 def _identify_objective(loss_fn: Callable, targets: Callable | None) -> object:

@@ -6,13 +6,14 @@ import json
 import pickle
 import platform
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from kdlib import build
+from kdlib import Recipe, build, load_or_train
 from kdlib.records import artefacts
 from kdlib.records.artefacts import (
     atomic_write,
@@ -478,3 +479,22 @@ def test_a_name_that_is_close_to_a_known_one_is_suggested():
     assert did_you_mean("quik", ["quick", "full"]) == "; did you mean 'quick'?"
     assert did_you_mean("xyz", ["quick", "full"]) == ""
     assert did_you_mean(3, ["quick"]) == did_you_mean("", []) == ""
+
+
+# --- folders however they are named ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", [".", "out", "../out", ""])
+def test_a_folder_may_be_a_string_and_the_working_folder(folder, image_set, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    recipe = Recipe(epochs=1, batch_size=8, learning_rate=0.01)
+    made = ("student.pth", linear_network, image_set(), torch.nn.functional.cross_entropy, recipe)
+    paths = [load_or_train(kind(folder), *made, progress=False).path for kind in (str, Path)]
+    assert paths[0] == paths[1]
+    assert paths[0].resolve() == (tmp_path / "work" / folder / "student.pth").resolve()
+    assert paths[0].exists()
+
+
+def linear_network(classes, channels):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64 * channels, classes))

@@ -20,8 +20,9 @@ from PIL import Image
 
 from kdlib.data import mean_and_std
 from kdlib.datasets import DATA_SETS, data_folder, load_data
-from kdlib.sources.files import in_canonical_order, read_npz
-from kdlib.splits import Part, stratified
+from kdlib.sources.arrays import read_npz
+from kdlib.sources.order import in_canonical_order
+from kdlib.sources.splits import Part, stratified
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
@@ -315,45 +316,108 @@ def test_a_pickle_under_the_name_of_a_data_set_is_not_executed(toy, side_effect)
 
 def test_missing_arrays_are_named(toy):
     arrays = make_arrays()
-    del arrays["test_labels"], arrays["class_names"]
+    del arrays["test_labels"], arrays["train_images"]
     np.savez(toy, **arrays)
-    assert_refused(toy, r"it has no test_labels, class_names\): expected .* train_images, train_labels, test_images")
+    assert_refused(
+        toy,
+        r"it has no train_images, test_labels, but train_labels, test_images, class_names\): expected .* train_images",
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("train_images", lambda a: a / 255, r"train_images is float64 \(120, 6, 8, 3\), expected uint8 \(N, H, W, C\)"),
-        ("train_images", lambda a: a[..., 0], r"train_images is uint8 \(120, 6, 8\), expected uint8 \(N, H, W, C\)"),
+        ("train_images", lambda a: a / 128, r"train_images is float64 \(120, 6, 8, 3\), with values from 0 to 1.99"),
+        ("train_images", lambda a: a.astype(np.int16) - 1, r"train_images is int16 .*, with values from -1 to 254"),
+        (
+            "train_images",
+            lambda a: a.astype(np.uint16) * 257,
+            r"train_images is uint16 .*, with values from 0 to 65535",
+        ),
+        ("train_images", lambda a: np.where(a == 0, np.nan, a / 255), r"train_images is float64 .* from nan to nan"),
+        ("train_images", lambda a: a[..., 0, 0], r"train_images is uint8 \(120, 6\), expected \(N, H, W, C\)"),
+        ("train_images", lambda a: a.repeat(4, 3), r"train_images is uint8 \(120, 6, 8, 12\), .*1 to 4 channels"),
+        ("train_images", lambda a: a.astype(str), r"train_images is <U3 .*, expected uint8, or numbers"),
+        ("test_images", lambda a: a[:0], r"test_images is uint8 \(0, 6, 8, 3\), expected .*not empty"),
+        ("train_labels", lambda a: np.eye(4)[a], r"train_labels is float64 \(120, 4\), .*of one-hot rows, save argmax"),
+        ("train_labels", lambda a: a + 0.5, r"train_labels is float64 \(120,\), expected whole numbers"),
+        ("train_labels", lambda a: a * np.nan, r"train_labels is float64 \(120,\), expected whole numbers"),
+        ("train_labels", lambda a: a.astype(str), r"train_labels is <U21 \(120,\), expected whole numbers"),
+        ("train_labels", lambda a: a == 1, r"train_labels is bool \(120,\), expected whole numbers"),
+    ],
+)
+def test_an_array_that_cannot_be_cast_is_refused_by_name(toy, name, change, message):
+    arrays = make_arrays()
+    np.savez(toy, **{**arrays, name: change(arrays[name])})
+    assert_refused(toy, rf"{re.escape(str(toy))}: {message}.*save the file again")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
         (
             "test_images",
             lambda a: a[:, :5],
-            r"test_images is uint8 \(40, 5, 8, 3\), expected .*one image size for training",
+            r"test_images are \(5, 8, 3\), the training images \(6, 8, 3\): expected one",
         ),
-        ("test_images", lambda a: a[:0], r"test_images is uint8 \(0, 6, 8, 3\), expected .*not empty"),
-        (
-            "train_labels",
-            lambda a: a[:-1],
-            r"train_labels is int64 \(119,\), expected int64 \(120,\), one label per image",
-        ),
-        (
-            "test_labels",
-            lambda a: a[:, None],
-            r"test_labels is int64 \(40, 1\), expected int64 \(40,\), one label per image",
-        ),
-        ("train_labels", lambda a: a.astype(float), r"train_labels is float64 \(120,\), expected int64 \(120,\)"),
+        ("train_labels", lambda a: a[:-1], "119 train_labels for 120 train_images: expected one label per image"),
         (
             "class_names",
             lambda a: np.arange(4),
             r"class_names is int64 \(4,\), expected str \(K,\), one name per class",
         ),
         ("class_names", lambda a: a[None], r"class_names is <U7 \(1, 4\), expected str \(K,\), one name per class"),
+        ("class_names", lambda a: a[[0, 1, 1, 3]], "class_names has 'class 1' twice: expected a name of its own"),
     ],
 )
-def test_an_array_of_the_wrong_shape_or_kind_is_refused_by_name(toy, name, change, message):
+def test_arrays_that_do_not_fit_each_other_are_refused(toy, name, change, message):
     arrays = make_arrays()
     np.savez(toy, **{**arrays, name: change(arrays[name])})
-    assert_refused(toy, rf"{re.escape(str(toy))}: {message}.*save the file again")
+    assert_refused(toy, rf"{re.escape(str(toy))}: {message}")
+
+
+AS_OTHERS_WRITE_THEM = {
+    "labels uint8": lambda a: {n: a[n].astype(np.uint8) for n in ("train_labels", "test_labels")},
+    "labels float": lambda a: {n: a[n].astype(np.float32) for n in ("train_labels", "test_labels")},
+    "labels in a column": lambda a: {n: a[n][:, None] for n in ("train_labels", "test_labels")},
+    "channels first": lambda a: {n: a[n].transpose(0, 3, 1, 2) for n in ("train_images", "test_images")},
+    "int64 pixels": lambda a: {n: a[n].astype(np.int64) for n in ("train_images", "test_images")},
+    "whole floats": lambda a: {n: a[n].astype(np.float32) for n in ("train_images", "test_images")},
+    "floats to 1": lambda a: {n: a[n].astype(np.float32) / 255 for n in ("train_images", "test_images")},
+    "names in bytes": lambda a: {"class_names": a["class_names"].astype("S")},
+}
+
+
+@pytest.mark.parametrize("change", AS_OTHERS_WRITE_THEM.values(), ids=AS_OTHERS_WRITE_THEM)
+def test_arrays_as_others_write_them_are_the_same_set(toy, tmp_path, change):
+    arrays = make_arrays()
+    (tmp_path / "other").mkdir()
+    np.savez(tmp_path / "other" / "toy.npz", **{**arrays, **change(arrays)})
+    for one, other in zip(load_data(toy), load_data(tmp_path / "other" / "toy.npz"), strict=True):
+        assert one.identity == other.identity
+
+
+def test_keras_and_medmnist_names_are_known_and_their_validation_images_are_used(toy, tmp_path):
+    arrays = make_arrays()
+    wanted = load_data(toy)
+    keras = {"x_train": "train_images", "y_train": "train_labels", "x_test": "test_images", "y_test": "test_labels"}
+    np.savez(tmp_path / "toy.npz", **{name: arrays[ours] for name, ours in keras.items()})
+    assert torch.equal(load_data(tmp_path / "toy.npz").train.images, wanted.train.images)
+    own = make_arrays(train=20)
+    more = {"val_images": 255 - own["train_images"], "val_labels": own["train_labels"][:, None]}
+    np.savez(tmp_path / "toy.npz", **arrays, **more)
+    data = load_data(tmp_path / "toy.npz")
+    assert [len(split) for split in data] == [120, 20, 40]
+    assert set(keys(data.validation.images)) == set(keys(more["val_images"]))
+
+
+def test_grey_images_need_no_axis_for_channels_and_classes_no_names(tmp_path):
+    arrays = make_arrays(channels=1)
+    del arrays["class_names"]
+    np.savez(tmp_path / "grey.npz", **{n: a[..., 0] if a.ndim == 4 else a for n, a in arrays.items()})
+    data = load_data(tmp_path / "grey.npz")
+    assert data.test.images.shape == (40, 6, 8, 1)
+    assert data.train.class_names == ("0", "1", "2", "3")
 
 
 @pytest.mark.parametrize(
@@ -412,21 +476,21 @@ def test_an_empty_class_is_refused_by_name(image_folder, contents):
 
 def test_a_class_of_one_split_only_is_refused_by_name(image_folder):
     (image_folder / "test" / "emu").mkdir()
-    with pytest.raises(ValueError, match=r"class 'emu' is in one of train and test only, expected .* add the missing"):
+    with pytest.raises(ValueError, match=r"class 'emu' is in test only, expected .* add the missing folder"):
         load_data(image_folder)
 
 
 def test_a_missing_split_is_refused_with_the_layout(image_folder):
     (image_folder / "test").rename(image_folder / "tests")
     with pytest.raises(
-        ValueError, match=r"no class folders in .*photos/test, expected train/<class>/ and test/<class>/"
+        ValueError, match=r"has no folder test \(it has tests, train\): expected train/<class>/ and test/"
     ):
         load_data(image_folder)
 
 
 def test_an_image_of_another_size_is_refused_by_name(image_folder):
     Image.new("RGB", (4, 9)).save(image_folder / "test" / "dog" / "odd.png")
-    with pytest.raises(ValueError, match=r"dog/odd\.png is 4x9, expected 7x5 like the others: resize"):
+    with pytest.raises(ValueError, match=r"dog/odd\.png is 4x9, expected 7x5 like the others: .*size=5, to resize"):
         load_data(image_folder)
 
 

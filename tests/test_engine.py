@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdlib import LiveTeacher, SoftLabels, build, distillation_loss, generate, train
+from kdlib import LiveTeacher, SoftLabels, build, distillation_loss, generate, gpu, train
 from kdlib.data import Batch
 from kdlib.gpu import (
     CUDAGraphStep,
@@ -466,3 +466,12 @@ def test_a_network_that_needs_contiguous_maps_is_not_fused(monkeypatch, for_infe
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     device = torch.device("cuda")
     assert optimize_for_gpu(model, device, torch.contiguous_format, for_inference=for_inference) is model
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu"])
+def test_devices_that_were_not_tried_are_passed_on_to_pytorch(name):
+    device = gpu.pick_device(name)
+    assert (device.type, gpu.device_name(device), gpu.half_precision(device)) == (name, name, None)
+    with gpu.mixed_precision(device), gpu.tuned_convolutions(device):
+        network = nn.Linear(2, 2)
+        assert gpu.optimize_for_gpu(network, device) is network

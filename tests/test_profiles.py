@@ -126,6 +126,9 @@ def test_each_parameter_changes_what_it_names_and_nothing_else():
         "dataset": "mnist",
         "teacher": "resnet18",
         "limit": 50,
+        "size": 6,
+        "padding": 0,
+        "flip": True,
         "epochs": 2,
         "views": 3,
         "temperature": 8,
@@ -140,6 +143,7 @@ def test_each_parameter_changes_what_it_names_and_nothing_else():
     plain, changed = resolve("quick"), resolve("quick", **given)
     assert (changed.limit, changed.temperature, changed.alpha, changed.n_seeds) == (50, 8, 0.5, 2)
     assert (changed.beta, plain.beta) == (2, None)
+    assert changed.images == {"limit": 50, "size": 6, "padding": 0, "flip": True}
     assert changed.students == ("cnn",)
     assert (changed.dataset, changed.teacher) == ("mnist", "resnet18")
     assert (changed.views, plain.views) == (3, None)

@@ -210,7 +210,7 @@ def test_pages_under_another_number_are_stale(page, monkeypatch):
 BROKEN = {
     "the loss": ("losses.py", r"beta \* temperature\*\*2 \* soft", "beta * temperature * soft", "distillation, shares"),
     "the views": ("data.py", r"self\.padding \+ dx", "self.padding - dx", "views, padding 2"),
-    "the split": ("splits.py", r"stratified\(labels\[::-1\]", "stratified(labels", "split, digits"),
+    "the split": ("sources/splits.py", r"stratified\(labels\[::-1\]", "stratified(labels", "split, digits"),
     "the mixup": ("data.py", r"share \* labels \+ \(1 - share\)", "(1 - share) * labels + share", "mixup 0.2"),
 }
 
@@ -222,7 +222,7 @@ def test_the_canary_notices_what_is_broken(page, file, old, new, figure):
     assert (state.kind, state.code_only) == ("stale", False)
     assert "figures changed" in state.reasons[0]
     assert figure in state.reasons[0]
-    assert state.reasons[1] == f"code of kdlib.{file.removesuffix('.py')} changed"
+    assert state.reasons[1] == f"code of kdlib.{file.removesuffix('.py').replace('/', '.')} changed"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_the_canary_notices_what_is_broken(page, file, old, new, figure):
     ],
 )
 def test_another_split_of_a_data_set_matters_to_the_pages_that_use_it_alone(page, old, new, kind):
-    change(page.kdlib / "datasets.py", old, new)
+    change(page.kdlib / "sources" / "known.py", old, new)
     assert page.state().kind == kind
 
 

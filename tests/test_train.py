@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from kdlib import build, distillation_loss, predict_logits
+from kdlib import build, distillation_loss, models, predict_logits
 from kdlib.data import Batch, batches
 from kdlib.records import artefacts
 from kdlib.records.identity import IdentityError
@@ -829,15 +829,15 @@ def test_a_network_registered_again_under_its_name_is_not_handed_the_old_ones_we
 
     data = image_set()
     go = partial(load_or_train, tmp_path, "s.pth", "mine", data, F.cross_entropy, RECIPE, progress=False)
-    monkeypatch.setitem(training.NETWORKS, "mine", registered)
+    monkeypatch.setitem(models.NETWORKS, "mine", registered)
     first = go()
-    monkeypatch.setitem(training.NETWORKS, "mine", REGISTERED[change])
+    monkeypatch.setitem(models.NETWORKS, "mine", REGISTERED[change])
     second = go()
     assert "s.pth is not what this run needs (network." in capsys.readouterr().out
     alone = build(REGISTERED[change], 4, 1)
     quiet_train(alone, data, F.cross_entropy, RECIPE)
     assert same(weights(second.model), weights(alone))
-    monkeypatch.setitem(training.NETWORKS, "mine", registered)
+    monkeypatch.setitem(models.NETWORKS, "mine", registered)
     assert same(weights(go().model), weights(first.model))
 
 

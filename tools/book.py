@@ -15,11 +15,13 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import papermill
 import render
 import stale
+import sweep
 from nbformat import NotebookNode
 from notebooks import (
     ROOT,
@@ -98,12 +100,19 @@ def run(options: argparse.Namespace) -> tuple[profiles.Profile, dict[Chapter, No
     given = read_parameters(options.params, chapters(options.chapters))
     profile = resolve(options.profile, given)
     set_environment(profile.name)
-    done = {}
-    for say, chapter in one_by_one(list(given)):
-        print(say, "…", flush=True)
-        output = RUNS / profile.folder.name / chapter.path.name
-        done[chapter] = execute(chapter, output, given[chapter], profile.name)
-        print(f"{say}: {done[chapter].metadata[STAMP]['seconds']:.0f} s", flush=True)
+    done, outcome, start = {}, "interrupted", time.perf_counter()
+    try:
+        for say, chapter in one_by_one(list(given)):
+            print(say, "…", flush=True)
+            output = RUNS / profile.folder.name / chapter.path.name
+            done[chapter] = execute(chapter, output, given[chapter], profile.name)
+            print(f"{say}: {done[chapter].metadata[STAMP]['seconds']:.0f} s", flush=True)
+        outcome = "done"
+    except Failed as error:
+        outcome = f"failed: {error}"
+        raise
+    finally:
+        sweep.record(profile, given, outcome, time.perf_counter() - start)
     return profile, done
 
 
@@ -117,6 +126,56 @@ def book(options: argparse.Namespace) -> None:
     else:
         print("\nNo table of results: chapter 06, which measures them, was not among the chapters run.")
     print(f"\nThe book: {page.as_uri()}")
+
+
+def sweep_grid(options: argparse.Namespace) -> None:
+    """Run chapters with every combination of some parameters, side by side, and make a table of what came out."""
+    selected = chapters(options.chapters)
+    grid = sweep.read_grid(options.grid)
+    texts = [" ".join(f"{name}={shlex.quote(value)}" for name, value in values.items()) for values in grid]
+    # everything is checked before anything runs
+    settings = {text: resolve(options.profile, read_parameters(text, selected)) for text in texts}
+    profile = next(iter(settings.values())).name
+    runs = sweep.sweep(settings, selected, profile)
+    folders = [RUNS / one.folder.name for one in settings.values()]
+    made = RUNS / f"sweep-{artefacts.digest([profile, options.chapters, texts])}"
+    sweep.save(made, runs, grid, folders)
+    print("\n" + plots.text_table(*sweep.table_of(runs, grid)))
+    print("\nOn validation images, mean ± standard deviation over the seeds; gains in points.")
+    print(f"The table, every run with the folder of its notebooks, and a picture: {made}")
+    if failed := [text for text, known in runs.items() if known["outcome"] != "done"]:
+        raise Failed(
+            f"{len(failed)} of {len(runs)} runs did not finish, such as {failed[0]}; run.log in its folder says why"
+        )
+
+
+def runs(options: argparse.Namespace) -> None:
+    """List what was run, with which parameters, and what came out."""
+    rows = [
+        [
+            name,
+            known["profile"],
+            " ".join(known["chapters"]),
+            sweep.parameters_of(known),
+            known["date"][:16],
+            sweep.in_words(known),
+        ]
+        for name, known in sweep.recorded().items()
+    ]
+    if not rows:
+        raise Refused(f"nothing in {RUNS} has left a record: run some chapters first, such as make book")
+    print(plots.text_table(["run", "profile", "chapters", "parameters", "date (UTC)", "what came out"], rows))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Show two runs side by side: parameters, results, and how each ended."""
+    known, names = sweep.recorded(), options.runs.split()
+    for name in names:
+        if name not in known:
+            raise Refused(f"run {name!r} has left no record{artefacts.did_you_mean(name, known)}: see make runs")
+    if len(names) != 2:
+        raise Refused(f'{len(names)} runs: expected two, such as --runs "quick quick-1a2b3c4d" (make: RUNS=…)')
+    print(plots.text_table(["", *names], sweep.side_by_side([known[name] for name in names])))
 
 
 def site(options: argparse.Namespace) -> None:
@@ -188,11 +247,18 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="command")
-    for action in (run, book, site, status, address, test):
-        command = commands.add_parser(action.__name__, help=action.__doc__.splitlines()[0])
+    for action in (run, book, sweep_grid, runs, compare, site, status, address, test):
+        command = commands.add_parser(action.__name__.removesuffix("_grid"), help=action.__doc__.splitlines()[0])
         command.set_defaults(action=action)
         if action in (run, book):
             choices(command, "profile", "chapters", "params")
+        if action is sweep_grid:
+            choices(command, "profile", "chapters")
+            command.add_argument("--grid", default="", help='such as "temperature=1,2,4 seed=0,1,2"')
+        if action is compare:
+            command.add_argument(
+                "--runs", default="", help='two names that the command runs lists, such as "quick quick-2"'
+            )
         if action is address:
             command.add_argument("url", nargs="?", help="a new address; without it, the one in pyproject.toml")
     options = parser.parse_args(arguments)

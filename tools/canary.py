@@ -100,15 +100,15 @@ def splits() -> Figures:
     random = np.random.RandomState(0)
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, KDLIB_DATA=folder):
         made_here = {name: 2600 for name in sorted(datasets.DATA_SETS) if name != "digits"}
+        # the first is read no more: it is drawn so that the others stay what they are in older stamps
         for name, count in {"made_up": 83, **made_here}.items():
             arrays = {"class_names": np.array(list("abcd"))}
             for part, images in {"train": count, "test": 21}.items():
                 arrays[f"{part}_images"] = random.randint(0, 256, (images, 8, 8, 1), np.uint8)
                 arrays[f"{part}_labels"] = random.choice(4, images, p=[0.4, 0.3, 0.2, 0.1])
             np.savez(Path(folder) / f"{name}.npz", **arrays)
-        own = Path(folder) / "made_up.npz"
         cases = {name: kdlib.load_data(name) for name in datasets.DATA_SETS}
-        cases |= {"a file": kdlib.load_data(own), "limit 10": kdlib.load_data(own, limit=10)}
+        cases["at most 20"] = kdlib.load_data("digits", limit=20)
     for case, data in cases.items():
         yield f"views and scale, {case}", [data.train.padding, data.train.flip, *data.train.mean, *data.train.std]
         yield f"split, {case}", [number for split in data for number in sketch(split.images) + sketch(split.labels)]

@@ -19,7 +19,10 @@ from kdlib.records.identity import IdentityError
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """`device` if given; otherwise the GPU if there is one, otherwise the CPU."""
+    """`device` if given; otherwise the GPU if there is one, otherwise the CPU.
+
+    Others, such as ``mps`` and ``xpu``, are only used if given: they compute in float32, and were not tried.
+    """
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -28,6 +31,8 @@ def device_name(device: torch.device | str) -> str:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type  # such as mps and xpu: PyTorch has no name for them all
     threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 

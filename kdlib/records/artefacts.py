@@ -108,6 +108,7 @@ def find(folder: Path, name: str, fingerprint: dict) -> Path | None:
 
 def base_folder(folder: Path) -> Path:
     """``outputs/full`` for ``outputs/full-1a2b3c4d``."""
+    folder = folder if folder.name else folder.resolve()  # the working folder's name
     return folder.with_name(folder.name.partition("-")[0])
 
 

@@ -1,0 +1,113 @@
+"""Any data set that is asked by index: torchvision's, Hugging Face's, or a plain ``Dataset`` of (image, label)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from kdlib.sources.arrays import CHANNELS
+from kdlib.sources.pictures import GREY, Kind, check_depth, from_floats, from_pil, resized
+
+MANY = 2_000  # images from which on a bar shows how far the reading is
+IMAGE_KEYS = ("image", "img", "pixel_values", "images")
+LABEL_KEYS = ("label", "labels", "fine_label", "target")
+
+
+def read_indexed(dataset: Any, where: str, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The images (N, H, W, C) uint8 and labels (N,) int64 of a data set, each item read once.
+
+    An item is (image, label), or a mapping with both under one of the usual names. An image is a PIL image, an array
+    (H, W) or (H, W, C), or a tensor (C, H, W); of whole numbers to 255, or of floats from 0 to 1. A label is a whole
+    number; None or −1 stands for none.
+
+    Args:
+        where: what messages call it.
+        size: see :func:`kdlib.sources.pictures.read_picture`.
+
+    Raises:
+        TypeError: a data set without a length or an index.
+        ValueError: no items, or one that is something else; the message names its index.
+    """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"{where} is a {type(dataset).__name__}: expected a data set with len() and an index, not a stream"
+        )
+    images, labels, kinds = None, np.empty(len(dataset), np.int64), set()
+    if not len(dataset):
+        raise ValueError(f"{where} is empty: expected at least one image of each class")
+    silent = {} if len(dataset) >= MANY else {"disable": True}
+    for k in tqdm(range(len(dataset)), unit="image", leave=False, **silent):
+        try:
+            image, label = _pair(dataset[k])
+            pixels, kind = _pixels(image, size)
+            labels[k] = _label(label)
+        except ValueError as error:
+            raise ValueError(f"{where}[{k}]: {error}") from error
+        images = np.empty((len(dataset), *pixels.shape), np.uint8) if images is None else images
+        if {images.shape[3], pixels.shape[2]} == {1, 3}:  # grey pictures among those in colour
+            images, pixels = (x if x.shape[-1] == 3 else np.repeat(x, 3, axis=-1) for x in (images, pixels))
+        if pixels.shape != images.shape[1:]:
+            raise ValueError(
+                f"{where}[{k}] is {pixels.shape}, expected (height, width, channels) {images.shape[1:]} like the others"
+                f": give a size, such as size={min(images.shape[1:3])}, to resize and crop all of them"
+            )
+        images[k] = pixels
+        kinds.add(kind)
+    check_depth(list(kinds), where)
+    return images, labels
+
+
+def names_of(dataset: Any) -> Sequence[str] | None:
+    """The names of the classes, if the data set has them: torchvision in ``classes``, Hugging Face in ``features``."""
+    features = getattr(dataset, "features", None)
+    if isinstance(features, Mapping):
+        return next((features[key].names for key in LABEL_KEYS if hasattr(features.get(key), "names")), None)
+    return getattr(dataset, "classes", None)
+
+
+def _pair(item: Any) -> tuple[Any, Any]:
+    if isinstance(item, Mapping):
+        found = [next((key for key in keys if key in item), None) for keys in (IMAGE_KEYS, LABEL_KEYS)]
+        if found[0] is None:
+            raise ValueError(f"it has {', '.join(map(str, item))}: expected an image under {', '.join(IMAGE_KEYS)}")
+        return item[found[0]], item[found[1]] if found[1] else None
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return item
+    raise ValueError(f"it is a {type(item).__name__}: expected (image, label), or a mapping with both")
+
+
+def _label(label: Any) -> int:
+    if label is None:
+        return -1
+    with contextlib.suppress(AttributeError, ValueError, RuntimeError):  # of NumPy and PyTorch; not of one element
+        label = label.item()
+    if isinstance(label, bool) or not isinstance(label, (int, float)) or label != int(label):
+        raise ValueError(f"its label is {label!r}: expected a whole number, the number of its class")
+    return int(label)
+
+
+def _pixels(image: Any, size: int | None) -> tuple[np.ndarray, Kind]:
+    """One image (H, W, C) uint8, and what it was."""
+    if hasattr(image, "getbands"):  # PIL's
+        pixels, kind = from_pil(image, size)
+        return (pixels[..., :1] if kind.mode in GREY else pixels), kind
+    array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or not array.size:
+        raise ValueError(f"its image is {array.dtype} {array.shape}: expected (H, W), (H, W, C) or (C, H, W)")
+    if isinstance(image, torch.Tensor) or array.shape[2] not in CHANNELS:
+        array = array.transpose(1, 2, 0) if array.shape[0] in CHANNELS else array
+    if array.shape[2] not in CHANNELS:
+        raise ValueError(f"its image is {array.shape}: expected {CHANNELS[0]} to {CHANNELS[-1]} channels")
+    if array.dtype.kind == "f":
+        array = from_floats(array)
+    elif array.dtype.kind not in "bui" or array.min() < 0 or array.max() > 255:
+        raise ValueError(f"its image is {array.dtype}: expected whole numbers to 255, or floats from 0 to 1")
+    pixels = array.astype(np.uint8) * (255 if array.dtype.kind == "b" else 1)
+    return resized(pixels[None], size)[0] if size else np.ascontiguousarray(pixels, np.uint8), Kind("array")

@@ -1,0 +1,66 @@
+"""The data sets that are known by name: from scikit-learn, or downloaded once by torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kdlib.sources.order import in_canonical_order
+from kdlib.sources.splits import VALIDATION, stratified
+
+
+class Source(NamedTuple):
+    """Where a data set comes from, and how its images are split and viewed."""
+
+    padding: int  # pixels, see ImageSet
+    flip: bool  # whether a mirrored image keeps its class
+    validation: int | None  # images held out of the training set; None: a share of each class, see split_rows
+    load: Callable[[Path], dict[str, np.ndarray]] | None  # called with the data folder; returns the arrays
+
+
+def _digits(_: Path) -> dict[str, np.ndarray]:
+    """The 1,797 handwritten digits that come with scikit-learn, 8x8 pixels in 16 shades; 500 of them are the test."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images, labels = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None], digits.target.astype(np.int64)
+    images, labels = in_canonical_order(images, labels)
+    test = stratified(labels, 500, 10)
+    train = np.setdiff1d(np.arange(len(images)), test)
+    return {
+        "train_images": images[train],
+        "train_labels": labels[train],
+        "test_images": images[test],
+        "test_labels": labels[test],
+        "class_names": np.array([str(d) for d in range(10)]),
+    }
+
+
+def _torchvision(dataset: str) -> Callable[[Path], dict[str, np.ndarray]]:
+    def load(folder: Path) -> dict[str, np.ndarray]:
+        import torchvision
+
+        kind, arrays = getattr(torchvision.datasets, dataset), {}
+        for split in ("train", "test"):
+            loaded = kind(folder / "downloads", train=split == "train", download=True)
+            images = np.asarray(loaded.data)
+            arrays[f"{split}_images"] = images if images.ndim == 4 else images[..., None]
+            arrays[f"{split}_labels"] = np.asarray(loaded.targets, np.int64)
+        names = [name.split(" - ")[0] for name in loaded.classes]  # MNIST's "3 - three"
+        return {**arrays, "class_names": np.array(names)}
+
+    return load
+
+
+DATA_SETS = {
+    # Only 150 of the digits are for training, so that a student alone falls well behind its teacher, and there are
+    # enough others to make choices by.
+    "digits": Source(padding=1, flip=False, validation=1147, load=_digits),
+    "cifar10": Source(padding=4, flip=True, validation=VALIDATION, load=_torchvision("CIFAR10")),
+    "cifar100": Source(padding=4, flip=True, validation=VALIDATION, load=_torchvision("CIFAR100")),
+    "mnist": Source(padding=2, flip=False, validation=5_000, load=_torchvision("MNIST")),
+    "fashion_mnist": Source(padding=2, flip=True, validation=VALIDATION, load=_torchvision("FashionMNIST")),
+}

@@ -1,0 +1,116 @@
+"""One picture, of whatever kind, as pixels (H, W, C) uint8; or an error that says what it is and what to do."""
+
+from __future__ import annotations
+
+import stat
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+COLOURS = ("RGB", "CMYK", "YCbCr", "HSV")  # modes that PIL converts to RGB without a choice to be made
+DEEP = ("I;16", "I;16L", "I;16B", "I;16N")  # 16 bits of grey
+GREY = ("1", "L", "F", "I", *DEEP)
+
+
+class Kind(NamedTuple):
+    """What a picture was before it was converted, as far as a reader may want to know."""
+
+    mode: str  # as PIL names it
+    highest: int | None = None  # the largest value of 16 bits of grey
+    frames: int = 1
+
+
+def read_picture(path: Path, size: int | None = None) -> tuple[np.ndarray, Kind]:
+    """The pixels (H, W, 3) uint8 of an image file, turned as its EXIF orientation says.
+
+    Transparent parts become white. Of several frames the first is read. 16 bits of grey are scaled to 8.
+
+    Args:
+        size: resize the shorter side to so many pixels, and cut a square from the centre; None: as it is.
+
+    Raises:
+        ValueError: anything that is not a picture of a mode that can be converted rightly; it names the file.
+    """
+    from PIL import Image
+
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise ValueError("no regular file")
+        with warnings.catch_warnings():
+            # a damaged or malicious file of a few bytes can claim any number of pixels
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                frames = getattr(picture, "n_frames", 1)
+                pixels, kind = from_pil(picture, size)
+    except Exception as error:  # PIL raises a dozen kinds for damaged files
+        raise ValueError(f"{path} is not an image that can be read ({error}): replace or remove it") from error
+    return pixels, kind._replace(frames=frames)
+
+
+def from_pil(picture, size: int | None = None) -> tuple[np.ndarray, Kind]:
+    """The same of a PIL image.
+
+    Raises:
+        ValueError: a mode that cannot be converted without knowing what its values mean.
+    """
+    from PIL import ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    kind = Kind(picture.mode)
+    if picture.mode in DEEP or (picture.mode == "I" and picture.format == "PNG"):
+        values = np.asarray(picture).astype(np.int64)
+        kind, pixels = kind._replace(highest=int(values.max())), np.round(values / 257).astype(np.uint8)
+    elif picture.mode == "F":
+        pixels = from_floats(np.asarray(picture))
+    elif picture.mode in ("1", "L"):
+        pixels = np.asarray(picture.convert("L"))
+    elif picture.mode in COLOURS:
+        pixels = np.asarray(picture.convert("RGB"))
+    elif picture.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa", "RGBX"):
+        pixels = on_white(np.asarray(picture.convert("RGBA")))
+    else:
+        raise ValueError(f"mode {picture.mode}: expected 8 or 16 bits of grey, floats from 0 to 1, or colours")
+    pixels = np.broadcast_to(pixels.reshape(*pixels.shape[:2], -1), (*pixels.shape[:2], 3))
+    return (resized(pixels[None], size)[0] if size else pixels), kind
+
+
+def resized(images: np.ndarray, size: int) -> np.ndarray:
+    """Images (N, H, W, C) uint8 with their shorter side resized to `size` pixels, and a square cut from the centre."""
+    from torchvision.transforms.v2 import functional
+
+    channels_first = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
+    square = functional.center_crop(functional.resize(channels_first, [size], antialias=True), [size, size])
+    return square.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def on_white(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (..., 4) uint8 with their transparency as (..., 3), laid on white."""
+    opacity = pixels[..., 3:].astype(np.float32) / 255
+    return np.round(pixels[..., :3] * opacity + 255 * (1 - opacity)).astype(np.uint8)
+
+
+def from_floats(values: np.ndarray) -> np.ndarray:
+    """Floats from 0 to 1 as uint8 from 0 to 255, of any shape.
+
+    Raises:
+        ValueError: values that are not finite, or outside that range: nothing tells what they mean.
+    """
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if not (np.isfinite(low) and np.isfinite(high) and low >= 0 and high <= 1):
+        raise ValueError(
+            f"floats from {low:g} to {high:g}: expected a range from 0 to 1; scale them, without subtracting a mean"
+        )
+    return np.round(np.asarray(values, np.float32) * 255).astype(np.uint8)
+
+
+def check_depth(kinds: dict[Kind, int] | list[Kind], where: str) -> None:
+    """Raise ValueError if no 16-bit picture of a set uses the upper quarter of its range: all would be nearly black."""
+    highest = max((kind.highest for kind in kinds if kind.highest is not None), default=None)
+    if highest is not None and highest < 2**14:
+        raise ValueError(
+            f"{where}: the 16-bit pictures have no value above {highest:,}, expected the range to 65,535; scale them "
+            "to it, or save them with 8 bits"
+        )
