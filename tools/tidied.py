@@ -260,7 +260,7 @@ def filled(
             if output.output_type == "execute_result":
                 output.execution_count = cell.execution_count
         cell.metadata.pop(PENDING, None)
-        if fate.pending:
+        if fate.pending or (executed.outputs and not fate.outputs):  # the older page had none to carry either
             cell.metadata[PENDING] = True
     matched = sum(fate.matched for fate in carried)
     stamp = {name: value for name, value in stamp.items() if name not in ("hash", "depends_on")}
