@@ -253,7 +253,7 @@ def test_a_failing_cell_stops_the_run(tiny):
     for part in ("chapter 01 failed in cell [3]", "    fine = 1", "RuntimeError: no such luck"):
         assert part in done.stderr
     runs = tiny / "runs" / "quick"
-    assert sorted(path.name for path in runs.iterdir()) == ["00_tiny.ipynb", "01_tiny.ipynb"]
+    assert sorted(path.name for path in runs.iterdir()) == ["00_tiny.ipynb", "01_tiny.ipynb", "run.json"]
     assert "no such luck" in (runs / "01_tiny.ipynb").read_text(encoding="utf-8")
     assert (tiny / "book" / "01_tiny.ipynb").read_bytes() == before
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kdlib.sources.arrays import CHANNELS
 from kdlib.sources.pictures import GREY, Kind, check_depth, from_floats, from_pil, resized
