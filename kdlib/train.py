@@ -132,7 +132,7 @@ def train(
     if isinstance(targets, Targets):
         targets.check(data, recipe)
         targets = targets.to(device)
-    _check_labels(data, loss_fn, targets)
+    check_labels(data, loss_fn, targets)
     data, validation = data.to(device), validation and validation.to(device)
     data.resolve_views(recipe.views)  # raises if there are not as many
     key = digest(fingerprint(model, data, loss_fn, recipe, targets)) if checkpoint else None
@@ -241,7 +241,7 @@ def progress_bar(total: int, progress: bool, initial: int = 0, unit: str = "epoc
     return tqdm(total=total, initial=initial, unit=unit, leave=False, **silent)
 
 
-def _check_labels(data: ImageSet, loss_fn: Callable, targets: Callable | None) -> None:
+def check_labels(data: ImageSet, loss_fn: Callable, targets: Callable | None) -> None:
     """ValueError if the objective asks for labels that images do not have, as far as its keywords show."""
     unlabelled = int((data.labels < 0).sum())
     if unlabelled and (targets is None or getattr(loss_fn, "keywords", {}).get("alpha")):

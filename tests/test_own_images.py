@@ -19,6 +19,7 @@ from PIL import Image
 import kdlib
 from kdlib import LiveTeacher, Recipe, SoftLabels, distillation_loss, generate
 from kdlib.datasets import data_folder, from_dataset, load_data
+from kdlib.lab import train_many
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
@@ -306,11 +307,12 @@ def test_large_images_have_no_more_views_than_soft_labels_can_hold():
 # --- images without labels -----------------------------------------------------------------------------------------
 
 
-def test_a_student_learns_from_a_teacher_alone_what_images_without_labels_show(tmp_path):
+def test_a_student_learns_from_a_teacher_alone_what_images_without_labels_show(tmp_path, capsys):
     folder = strange.Folder(tmp_path / "photos")
     strange.nothing_labelled_in_train(folder)
     train = load_data(folder.root).train
     assert train.labels.tolist() == [-1] * 5
+    assert "5 training images (without a label 5)" in capsys.readouterr().out
     teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(240, 2))
     logits = torch.from_numpy(generate(teacher, train, 1, progress=False))
     recipe = Recipe(epochs=2, batch_size=5, learning_rate=0.01, views=1)
@@ -330,6 +332,9 @@ def test_a_student_learns_from_a_teacher_alone_what_images_without_labels_show(t
     ):
         with pytest.raises(ValueError, match=message):
             learn(loss_fn, targets)
+        students = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(240, 2)) for _ in range(2)]
+        with pytest.raises(ValueError, match=message):
+            train_many(students, train, [loss_fn] * 2, [recipe] * 2, targets=[targets] * 2, progress=False)
 
 
 def test_a_limit_takes_images_without_labels_too(tmp_path):

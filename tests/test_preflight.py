@@ -152,6 +152,7 @@ def test_mistakes_of_teacher_and_targets_are_named(parts, capsys):
     data, teacher = parts["data"], parts["teacher"]
     dropped = nn.Sequential(*teacher, nn.Dropout(0.5)).train()
     check(parts, capsys, "teacher: it is in train mode", teacher=dropped)
+    check(parts, capsys, "teacher: it is in train mode", teacher=dropped, targets=kdlib.LiveTeacher(dropped))
     swapped = network(width=64)
     swapped.load_state_dict(teacher.state_dict())
     swapped[3].weight.data, swapped[3].bias.data = swapped[3].weight[[1, 0, 2, 3]], swapped[3].bias[[1, 0, 2, 3]]

@@ -108,7 +108,7 @@ def _of_data(data: Data | ImageSet) -> list[Finding]:
         counts = labels.bincount(minlength=images.classes)
         rare = [images.class_names[c] for c in (counts < FEW).nonzero().flatten().tolist()]
         if rare and len(labels):
-            more = f" and {len(rare) - 1} more classes have" if len(rare) > 1 else " has"
+            more = f" and {len(rare) - 1} more class{'es' * (len(rare) > 2)} have" if len(rare) > 1 else " has"
             say(f"{rare[0]!r}{more} fewer than {FEW} {split} images", True)
         flat = images.images.flatten(1)
         if blank := int((flat.amin(1) == flat.amax(1)).sum()):
@@ -225,6 +225,8 @@ def _of_first_steps(
     few = replace(images, images=images.images[:size], labels=images.labels[:size])
     if isinstance(targets, SoftLabels):
         targets = SoftLabels(targets.logits[:, :size], few.identity)
+    elif isinstance(targets, LiveTeacher):  # training puts its model into eval mode, and moves it
+        targets = LiveTeacher(copy.deepcopy(targets.model))
     trial = replace(recipe, epochs=STEPS, batch_size=size, mixup=0.0, cutout=0)
     loss_fn = loss_fn or F.cross_entropy
     try:

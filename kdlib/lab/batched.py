@@ -15,7 +15,7 @@ from kdlib import gpu
 from kdlib.data import Batch, ImageSet, Targets, draw_epoch, steps_per_epoch
 from kdlib.losses import at_least_float32
 from kdlib.records.identity import IdentityError, digest, identify
-from kdlib.train import History, Recipe, progress_bar
+from kdlib.train import History, Recipe, check_labels, progress_bar
 
 
 def train_many(
@@ -48,7 +48,7 @@ def train_many(
 
     Raises:
         FloatingPointError: weights were infinite or not a number after an epoch. It says whose.
-        ValueError: the lists do not fit each other, or targets do not fit the data.
+        ValueError: the lists do not fit each other, targets do not fit the data, or labels are missing.
     """
     targets = targets if targets is not None else [None] * len(models)
     _check(models, loss_fns, recipes, targets)
@@ -57,7 +57,8 @@ def train_many(
     data.resolve_views(recipe.views)
     seeds = list(dict.fromkeys(r.seed for r in recipes))
     seed_of = torch.tensor([seeds.index(r.seed) for r in recipes], device=device)
-    for one in targets:
+    for loss_fn, one in zip(loss_fns, targets, strict=True):
+        check_labels(data, loss_fn, one)
         if isinstance(one, Targets):
             one.check(data, recipe)
     groups = []  # (loss_fn, which models, [(their targets, which models have these)])

@@ -108,7 +108,7 @@ def described(rows: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) 
     if len(order) > 6:
         shown.insert(3, "…")
     if unlabelled := int((labels < 0).sum()):
-        shown.append(f"without a label {unlabelled:,}")
+        shown = [*(shown if counts.any() else []), f"without a label {unlabelled:,}"]
     _, height, width, channels = arrays["train_images"].shape
     return [
         f"{len(labels):,} training images ({', '.join(shown)})",
