@@ -21,7 +21,7 @@ from kdlib.records.artefacts import atomic_write, did_you_mean
 from kdlib.sources.arrays import checked, read_npz
 from kdlib.sources.folders import read_folder
 from kdlib.sources.indexed import names_of, read_indexed
-from kdlib.sources.known import DATA_SETS, Source
+from kdlib.sources.known import DATA_SETS, OWN
 from kdlib.sources.order import put_in_order
 from kdlib.sources.pictures import resized
 from kdlib.sources.splits import Part, check_complete, described, part_of, split_rows, within
@@ -69,7 +69,7 @@ def load_data(
         label, arrays, source, remarks = name, _read_stored(name), DATA_SETS[name], []
     else:
         label, arrays, remarks = _read_own(name, size)
-        source = Source(padding=None, flip=False, validation=None, load=None)
+        source = OWN
     return _split(label, arrays, source, remarks, limit=limit, size=size, padding=padding, flip=flip)
 
 
@@ -105,18 +105,17 @@ def from_dataset(
     names = class_names if class_names is not None else names_of(train) or names_of(test)
     if names is not None:
         arrays["class_names"] = np.array([str(n) for n in names])
-    arrays, source = checked(arrays, name), Source(padding=None, flip=False, validation=None, load=None)
-    return _split(name, arrays, source, [], limit=limit, size=size, padding=padding, flip=flip)
+    return _split(name, checked(arrays, name), OWN, [], limit=limit, size=size, padding=padding, flip=flip)
 
 
 def _split(label, arrays, source, remarks, *, limit, size, padding, flip) -> Data:
-    """The splits of a data set's arrays, which are emptied: two copies of the images are in memory, never three."""
+    """The splits of a data set's arrays. Beside those, one copy of the images is made, and no second one."""
     if size and arrays["train_images"].shape[1:3] != (size, size):
         for kept in [kept for kept in arrays if kept.endswith("_images")]:
             arrays[kept] = np.concatenate([resized(one[None], size) for one in arrays[kept]])
     leaks = put_in_order(arrays)
     rows = split_rows(arrays, source.validation)
-    if source.load is None:
+    if source is OWN:
         check_complete(rows, arrays, label)
         print(f"{label}: {'; '.join([*described(rows, arrays), *remarks])}")
         if leaks:

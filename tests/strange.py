@@ -369,22 +369,24 @@ def black_and_white(f):
     f.picture(Image.fromarray(pixels).convert("1", dither=Image.Dither.NONE), "bits.png", pixels)
 
 
-def a_palette(f):
+def _of_sixteen_colours(f) -> tuple[Image.Image, np.ndarray, np.ndarray]:
+    """A picture with a palette, its palette, and its pixels' numbers in that."""
     colours, numbers = f.pixels(16, 3), f.random.randint(0, 16, (HEIGHT, WIDTH)).astype(np.uint8)
     image = Image.fromarray(numbers, "L").convert("P")
     image.putdata(numbers.ravel().tolist())
     image.putpalette(colours.ravel().tolist())
+    return image, colours, numbers
+
+
+def a_palette(f):
+    image, colours, numbers = _of_sixteen_colours(f)
     f.picture(image, "palette.png", colours[numbers])
 
 
 def a_palette_with_a_transparent_colour(f):
-    colours, numbers = f.pixels(16, 3), f.random.randint(0, 16, (HEIGHT, WIDTH)).astype(np.uint8)
-    image = Image.fromarray(numbers, "L").convert("P")
-    image.putdata(numbers.ravel().tolist())
-    image.putpalette(colours.ravel().tolist())
-    shown = colours.copy()
-    shown[3] = 255
-    f.picture(image, "palette.png", shown[numbers], transparency=3)
+    image, colours, numbers = _of_sixteen_colours(f)
+    colours[3] = 255
+    f.picture(image, "palette.png", colours[numbers], transparency=3)
 
 
 def transparent(f):

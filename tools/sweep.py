@@ -142,8 +142,9 @@ def sweep(settings: Mapping[str, profiles.Profile], selected: list[Chapter], pro
     """
     code, done, waiting = made_from(selected), {}, []
     numbers = [chapter.number for chapter in selected]
+    before = recorded()
     for text, one in settings.items():
-        known = recorded().get(one.folder.name, {})
+        known = before.get(one.folder.name, {})
         fresh = known.get("outcome") == "done" and known.get("made_from") == code and known.get("chapters") == numbers
         if fresh:
             done[text] = known

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from kdlib.sources.pictures import check_depth, read_picture
+from kdlib.sources.pictures import MANY, check_depth, read_picture
+from kdlib.train import progress_bar
 
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif")
 SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
 HIDDEN, TWICE = "hidden", "that links lead to again"
-MANY = 2_000  # pictures from which on a bar shows how far the reading is
 LAYOUT = "train/<class>/ and test/<class>/, and val/<class>/ if the validation images are chosen already"
 
 
@@ -39,8 +38,8 @@ def read_folder(path: Path, size: int | None = None) -> tuple[dict[str, np.ndarr
     arrays: dict[str, np.ndarray] = {"class_names": np.array(names)}
     kinds: Counter = Counter()
     shape = None
-    silent = {} if sum(map(len, files.values())) >= MANY else {"disable": True}
-    with tqdm(total=sum(map(len, files.values())), unit="image", leave=False, **silent) as bar:
+    total = sum(map(len, files.values()))
+    with progress_bar(total, total >= MANY, unit="image") as bar:
         for split, found in files.items():
             images = None
             for k, (file, _) in enumerate(found):

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from kdlib.sources.arrays import CHANNELS
-from kdlib.sources.pictures import GREY, Kind, check_depth, from_floats, from_pil, resized
+from kdlib.sources.pictures import GREY, MANY, Kind, check_depth, from_floats, from_pil, resized
+from kdlib.train import progress_bar
 
-MANY = 2_000  # images from which on a bar shows how far the reading is
 IMAGE_KEYS = ("image", "img", "pixel_values", "images")
 LABEL_KEYS = ("label", "labels", "fine_label", "target")
 
@@ -40,24 +39,25 @@ def read_indexed(dataset: Any, where: str, size: int | None = None) -> tuple[np.
     images, labels, kinds = None, np.empty(len(dataset), np.int64), set()
     if not len(dataset):
         raise ValueError(f"{where} is empty: expected at least one image of each class")
-    silent = {} if len(dataset) >= MANY else {"disable": True}
-    for k in tqdm(range(len(dataset)), unit="image", leave=False, **silent):
-        try:
-            image, label = _pair(dataset[k])
-            pixels, kind = _pixels(image, size)
-            labels[k] = _label(label)
-        except ValueError as error:
-            raise ValueError(f"{where}[{k}]: {error}") from error
-        images = np.empty((len(dataset), *pixels.shape), np.uint8) if images is None else images
-        if {images.shape[3], pixels.shape[2]} == {1, 3}:  # grey pictures among those in colour
-            images, pixels = (x if x.shape[-1] == 3 else np.repeat(x, 3, axis=-1) for x in (images, pixels))
-        if pixels.shape != images.shape[1:]:
-            raise ValueError(
-                f"{where}[{k}] is {pixels.shape}, expected (height, width, channels) {images.shape[1:]} like the others"
-                f": give a size, such as size={min(images.shape[1:3])}, to resize and crop all of them"
-            )
-        images[k] = pixels
-        kinds.add(kind)
+    with progress_bar(len(dataset), len(dataset) >= MANY, unit="image") as bar:
+        for k in range(len(dataset)):
+            try:
+                image, label = _pair(dataset[k])
+                pixels, kind = _pixels(image, size)
+                labels[k] = _label(label)
+            except ValueError as error:
+                raise ValueError(f"{where}[{k}]: {error}") from error
+            images = np.empty((len(dataset), *pixels.shape), np.uint8) if images is None else images
+            if {images.shape[3], pixels.shape[2]} == {1, 3}:  # grey pictures among those in colour
+                images, pixels = (x if x.shape[-1] == 3 else np.repeat(x, 3, axis=-1) for x in (images, pixels))
+            if pixels.shape != images.shape[1:]:
+                raise ValueError(
+                    f"{where}[{k}] is {pixels.shape}, expected {images.shape[1:]} like the others: "
+                    f"give a size, such as size={min(images.shape[1:3])}, to resize and crop all of them"
+                )
+            images[k] = pixels
+            kinds.add(kind)
+            bar.update()
     check_depth(list(kinds), where)
     return images, labels
 

@@ -15,10 +15,13 @@ from kdlib.sources.splits import VALIDATION, stratified
 class Source(NamedTuple):
     """Where a data set comes from, and how its images are split and viewed."""
 
-    padding: int  # pixels, see ImageSet
+    padding: int | None  # pixels, see ImageSet; None: as the images' size suggests
     flip: bool  # whether a mirrored image keeps its class
     validation: int | None  # images held out of the training set; None: a share of each class, see split_rows
     load: Callable[[Path], dict[str, np.ndarray]] | None  # called with the data folder; returns the arrays
+
+
+OWN = Source(padding=None, flip=False, validation=None, load=None)  # the reader's, of which nothing is known
 
 
 def _digits(_: Path) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ import torch
 
 COLOURS = ("RGB", "CMYK", "YCbCr", "HSV")  # modes that PIL converts to RGB without a choice to be made
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N")  # 16 bits of grey
+MANY = 2_000  # pictures from which on a bar shows how far the reading is
 GREY = ("1", "L", "F", "I", *DEEP)
 
 
