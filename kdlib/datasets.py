@@ -46,7 +46,8 @@ def load_data(
 
     Args:
         name: one of ``DATA_SETS``; or the path of an ``.npz`` file, or of a folder of images with
-            ``train/<class>/*``, ``test/<class>/*`` and perhaps ``val/<class>/*``. A Path is never one of the names.
+            ``train/<class>/*``, ``test/<class>/*`` and perhaps ``val/<class>/*``, or with ``<class>/*`` alone, of which
+            a fifth of each class is held out as the test set. A Path is never one of the names.
         limit: at most so many images in each split, taken evenly from all classes; or a part of the training images.
         size: resize the shorter side of every image to so many pixels, and cut a square from its centre.
         padding: pixels by which a view may be shifted. By default as the set in ``DATA_SETS`` has it; of the reader's
@@ -121,7 +122,7 @@ def _split(label, arrays, source, remarks, *, limit, size, padding, flip) -> Dat
         if leaks:
             warnings.warn(f"{label}: {'; '.join(leaks)}. What is measured on them says little", stacklevel=3)
     if limit is not None:
-        rows = within(limit if isinstance(limit, Part) else operator.index(limit), rows, arrays, label)
+        rows = within(limit, rows, arrays, label)
     height, width = arrays["train_images"].shape[1:3]
     padding = _whole("padding", padding, 0, most=min(height, width) // 4)
     if padding is None:

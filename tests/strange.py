@@ -138,8 +138,44 @@ def names_in_other_scripts(f):
 
 
 def no_test_folder(f):
+    """The test images are held out of the training images."""
     shutil.rmtree(f.root / "test")
-    return r"has no folder test \(it has train\)"
+    del f.truth["test"]
+
+
+def classes_alone(f):
+    no_test_folder(f)
+    for name in CLASSES:
+        (f.root / "train" / name).rename(f.root / name)
+    (f.root / "train").rmdir()
+    (f.root / "README.txt").write_text("x")
+
+
+def classes_alone_and_a_stray_picture(f):
+    classes_alone(f)
+    Image.fromarray(f.pixels()).save(f.root / "overview.png")
+    return r"overview\.png lies outside of any class's folder"
+
+
+def classes_alone_of_deep_folders(f):
+    classes_alone(f)
+    (f.root / "cat" / "black").mkdir()
+    return r"has no folder train \(it has cat, dog\)"
+
+
+def splits_by_other_names(f):
+    for split in ("train", "test"):
+        (f.root / split).rename(f.root / f"{split}ing")
+    return r"has no folder train \(it has testing, training\)"
+
+
+def no_test_folder_and_no_labels(f):
+    no_test_folder(f)
+    for name in CLASSES:
+        for file in (f.root / "train" / name).iterdir():
+            file.rename(f.root / "train" / f"{name}{file.name}")
+        (f.root / "train" / name).rmdir()
+    return r"no class folders in .*train"
 
 
 def train_is_a_file(f):
@@ -471,7 +507,7 @@ def sizes_to_resize(f):
 def a_test_picture_among_the_training_ones(f):
     shutil.copy(f.root / "test/cat/0.png", f.root / "train/cat/leak.png")
     f.expect(f.truth["test"][0][0])
-    return {"warning": r"1 test image is also in train"}
+    return {"warning": r"1 test image is also in train \(such as test/cat/0\.png and train/cat/leak\.png\)"}
 
 
 def a_picture_with_two_labels(f):

@@ -259,6 +259,11 @@ def test_a_path_that_holds_no_data_set_is_refused_with_what_is_expected(tmp_path
         load_data(tmp_path / "mine.csv")
 
 
+def test_a_limit_that_is_no_whole_number_is_refused(toy):
+    with pytest.raises(ValueError, match=r"limit is 2\.5: expected a whole number of images per split"):
+        load_data(toy, limit=2.5)
+
+
 @pytest.mark.parametrize("limit", [0, -1, 3])
 def test_a_limit_below_one_image_per_class_is_refused(toy, limit):
     with pytest.raises(ValueError, match=rf"limit is {limit}: expected at least 4, one image per class of toy"):

@@ -185,7 +185,7 @@ def test_mistakes_of_student_and_optimizer_are_named(parts, capsys):
 def test_odd_data_is_named(parts, capsys):
     train, validation, test = parts["data"]
     leak = replace(test, images=torch.cat([test.images[1:], train.images[:1]]))
-    check(parts, capsys, "data: 1 test images are training images too", data=Data(train, validation, leak))
+    check(parts, capsys, "data: 1 test image is among the training images too", data=Data(train, validation, leak))
     keep = (train.labels != 2) | (torch.arange(48) < 8)
     rare = replace(train, images=train.images[keep], labels=train.labels[keep])
     assert any(
@@ -194,4 +194,4 @@ def test_odd_data_is_named(parts, capsys):
     )
     blank = replace(test, images=test.images.clone())
     blank.images[3] = 7
-    check(parts, capsys, "1 test images are of one colour", data=Data(train, validation, blank))
+    check(parts, capsys, "1 test image is of one colour", data=Data(train, validation, blank))

@@ -112,20 +112,24 @@ def _of_data(data: Data | ImageSet) -> list[Finding]:
             say(f"{rare[0]!r}{more} fewer than {FEW} {split} images", True)
         flat = images.images.flatten(1)
         if blank := int((flat.amin(1) == flat.amax(1)).sum()):
-            say(f"{blank} {split} images are of one colour", True)
+            say(f"{_images(blank, split)} of one colour", True)
     counts = train.labels[train.labels >= 0].cpu().bincount(minlength=train.classes)
     least, most = int(counts.min()), int(counts.max())
     say(f"the classes have {least} to {most} training images", least * 10 < most)
     if unlabelled := int((train.labels < 0).sum()):
-        say(f"{unlabelled} training images have no label: the loss needs alpha=0", False)
+        say(f"{_images(unlabelled, 'training')} without a label: the loss needs alpha=0", False)
     seen = {name: set(canonical_order(s.images.cpu().numpy(), s.labels.cpu().numpy())[1]) for name, s in splits.items()}
     for split in splits:
         if split != "train":
             shared = len(seen["train"] & seen[split])
-            say(f"{shared} {split} images are training images too", shared > 0)
+            say(f"{_images(shared, split)} among the training images too", shared > 0)
     if len(train.view_table) == 1:
         say("there is one view per image: no augmentation", False)
     return found
+
+
+def _images(count: int, split: str) -> str:
+    return f"{count} {split} image{' is' if count == 1 else 's are'}"
 
 
 # --- teacher, student, optimizer ------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""A folder of pictures as a data set: ``train/<class>/*``, ``test/<class>/*`` and perhaps ``val/<class>/*``."""
+"""A folder of pictures as a data set: ``train/<class>/*``, ``test/<class>/*`` and perhaps ``val/<class>/*``.
+
+A folder that holds the classes' folders and nothing else is read as training images, of which a test set is held out.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +62,7 @@ def read_folder(path: Path, size: int | None = None) -> tuple[dict[str, np.ndarr
             arrays[f"{split}_images"] = images
             labels = [-1 if name is None else names.index(name) for _, name in found]
             arrays[f"{split}_labels"] = np.array(labels, np.int64)
+            arrays[f"{split}_files"] = np.array([str(file.relative_to(path)) for file, _ in found], object)
     check_depth(kinds, str(path))
     return arrays, _remarks(kinds, skipped)
 
@@ -73,11 +77,28 @@ def _split_folders(path: Path) -> dict[str, Path]:
             raise ValueError(f"{path} has {' and '.join(f.name for f in folders)}: expected one of them; join the two")
         if folders:
             found[split] = folders[0]
+    if not found and _classes_only(inside):
+        return {"train": path}
+    if list(found) == ["train"] and len(inside) == 1:
+        return found
     for split in ("train", "test"):
         if split not in found:
             names = ", ".join(folder.name for folder in inside[:5]) or "no folder"
-            raise ValueError(f"{path} has no folder {split} (it has {names}): expected {LAYOUT}; move the images")
+            raise ValueError(
+                f"{path} has no folder {split} (it has {names}): expected {LAYOUT}, or one folder per class with its "
+                "pictures directly in it; move the images"
+            )
     return found
+
+
+def _classes_only(folders: list[Path]) -> bool:
+    """Whether each is the folder of a class: pictures lie in it, and it is not a split under another name."""
+    return len(folders) > 1 and all(
+        not folder.name.lower().startswith(("train", "test", "val"))
+        and any(file.suffix.lower() in ENDINGS and not _hidden(file) for file in folder.iterdir())
+        and not any(inside.is_dir() and not _hidden(inside) for inside in folder.iterdir())
+        for folder in folders
+    )
 
 
 def _pictures(folder: Path, skipped: Counter) -> list[tuple[Path, str | None]]:
@@ -135,9 +156,9 @@ def _class_names(path: Path, folders: dict[str, Path], files: dict[str, list]) -
         split: sorted(f.name for f in folder.iterdir() if f.is_dir() and not _hidden(f))
         for split, folder in folders.items()
     }
-    names = in_split["train"] or in_split["test"]
+    names = in_split["train"] or in_split.get("test", [])
     for split, own in in_split.items():
-        if not own and split == "train" and files["train"]:
+        if not own and names and files[split] and split == "train":
             continue  # without labels
         if not own:
             raise ValueError(f"{path}: no class folders in {folders[split]}, expected {LAYOUT}: move the images")
@@ -149,7 +170,7 @@ def _class_names(path: Path, folders: dict[str, Path], files: dict[str, list]) -
                 f"{', '.join(folder.name for folder in folders.values())}; add the missing folder, or remove the other"
             )
         loose = [file for file, name in files[split] if name is None]
-        if loose and split != "train":
+        if loose and (split != "train" or folders[split] == path):
             raise ValueError(f"{loose[0]} lies outside of any class's folder, expected {LAYOUT}: move it")
         counts = Counter(name for _, name in files[split])
         if empty := [name for name in own if not counts[name]]:

@@ -27,27 +27,38 @@ def in_canonical_order(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarr
 def put_in_order(arrays: dict[str, np.ndarray]) -> list[str]:
     """Sort each split of a data set's arrays, in place in the dictionary, so that no third copy of it is in memory.
 
+    If there is an array of file names beside them, such as ``train_files`` (N,), remarks name the files.
+
     Returns:
         Remarks on images that occur more than once where that matters: in two splits, or with two labels.
     """
-    remarks, digests = [], {}
+    remarks: list[str] = []
+    digests: dict[str, list[bytes]] = {}
     for split in ("train", "validation", "test"):
         if f"{split}_images" not in arrays:
             continue
         labels = arrays[f"{split}_labels"]
         order, found = canonical_order(arrays[f"{split}_images"], labels)
-        for kind in ("images", "labels"):
-            arrays[f"{split}_{kind}"] = arrays[f"{split}_{kind}"][order]
+        for kind in ("images", "labels", "files"):
+            if f"{split}_{kind}" in arrays:
+                arrays[f"{split}_{kind}"] = arrays[f"{split}_{kind}"][order]
         labels = labels[order]
-        twice = sum(
-            a == b and x != y and x >= 0 for a, b, x, y in zip(found, found[1:], labels, labels[1:], strict=False)
-        )
-        if twice:
-            remarks.append(
-                f"{twice:,} {split} image{'s occur' if twice > 1 else ' occurs'} twice with different labels"
-            )
-        digests[split] = set(found)
+        equal = [k for k in range(len(found) - 1) if found[k] == found[k + 1]]
+        if twice := [k for k in equal if labels[k] != labels[k + 1] and labels[k] >= 0]:
+            occur = "images occur" if len(twice) > 1 else "image occurs"
+            example = _files(arrays, (split, twice[0]), (split, twice[0] + 1))
+            remarks.append(f"{len(twice):,} {split} {occur} twice with different labels{example}")
+        digests[split] = found
     for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        if shared := len(digests.get(one, set()) & digests.get(other, set())):
-            remarks.append(f"{shared:,} {other} image{'s are' if shared > 1 else ' is'} also in {one}")
+        first = {digest: k for k, digest in enumerate(digests.get(one, []))}
+        if shared := [k for k, digest in enumerate(digests.get(other, [])) if digest in first]:
+            example = _files(arrays, (other, shared[0]), (one, first[digests[other][shared[0]]]))
+            are = "images are" if len(shared) > 1 else "image is"
+            remarks.append(f"{len(shared):,} {other} {are} also in {one}{example}")
     return remarks
+
+
+def _files(arrays: dict[str, np.ndarray], *places: tuple[str, int]) -> str:
+    """Which files two images come from, if that is known."""
+    names = [str(arrays[f"{split}_files"][k]) for split, k in places if f"{split}_files" in arrays]
+    return f" (such as {' and '.join(names)})" if len(names) == len(places) else ""

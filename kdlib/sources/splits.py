@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ class Part(NamedTuple):
 
 
 def part_of(split: str, arrays: Mapping[str, np.ndarray]) -> str:
-    """The arrays that hold a split: its own, or, of validation images that are held out, the training images'."""
+    """The arrays that hold a split: its own, or the training images' if it is held out from these."""
     return split if f"{split}_labels" in arrays else "train"
 
 
@@ -29,22 +30,32 @@ def split_rows(arrays: Mapping[str, np.ndarray], validation: int | None) -> dict
         arrays: of a data set, by name; see :mod:`kdlib.sources.arrays`.
         validation: images held out of the training set, evenly from all classes; None: of each class a tenth, at least
             one image, and no more than ``VALIDATION`` in all, unless the arrays have validation images of their own.
+
+    A test set that is not there is a fifth of each class.
     """
     labels, classes = arrays["train_labels"], len(arrays["class_names"])
     rows = {
         split: np.arange(len(arrays[f"{part_of(split, arrays)}_labels"])) for split in ("train", "validation", "test")
     }
+    if "test_labels" not in arrays:
+        rows["test"] = _last_of_each_class(rows["train"], labels, classes, 0.2)
+        rows["train"] = np.setdiff1d(rows["train"], rows["test"])
     if "validation_labels" in arrays:
         return rows
     if validation is None:
-        share = min(0.1, VALIDATION / len(labels))
-        by_class = [np.flatnonzero(labels == c) for c in range(classes)]
-        held_out = np.sort(np.concatenate([own[len(own) - max(1, int(share * len(own))) :] for own in by_class]))
+        share = min(0.1, VALIDATION / len(rows["train"]))
+        held_out = _last_of_each_class(rows["train"], labels, classes, share)
     else:
         if validation >= len(labels):  # a file with a part of one of our sets
             validation = min(VALIDATION, len(labels) // 10)
         held_out = np.sort(len(labels) - 1 - stratified(labels[::-1], validation, classes))
     return {"train": np.setdiff1d(rows["train"], held_out), "validation": held_out, "test": rows["test"]}
+
+
+def _last_of_each_class(rows: np.ndarray, labels: np.ndarray, classes: int, share: float) -> np.ndarray:
+    """A share of the rows of each class, at least one, from the end; ascending."""
+    by_class = [rows[labels[rows] == c] for c in range(classes)]
+    return np.sort(np.concatenate([own[len(own) - max(1, int(share * len(own))) :] for own in by_class]))
 
 
 def check_complete(rows: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], name: str) -> None:
@@ -57,8 +68,8 @@ def check_complete(rows: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarr
         if missing := [str(arrays["class_names"][c]) for c in np.flatnonzero(counts == 0)]:
             raise ValueError(
                 f"{name}: class {missing[0]!r} has no {split} image{_and_others(missing)}. Expected training, "
-                "validation and test images of every class: add some, or leave the class out. (Without validation "
-                "images of its own, a class needs two training images, of which one is held out.)"
+                "validation and test images of every class: add some, or leave the class out. (For a split "
+                "that is held out of the training images, a class needs one training image more.)"
             )
 
 
@@ -81,9 +92,12 @@ def within(limit: int | Part, rows: Mapping[str, np.ndarray], arrays: Mapping[st
     """The rows of each split that `limit` leaves: so many images of each, or a part of the training images.
 
     Raises:
-        ValueError: fewer images than classes, or a block that lies beyond the training images.
+        ValueError: not a whole number, fewer images than classes, or a block that lies beyond the training images.
     """
-    part = limit if isinstance(limit, Part) else Part(limit)
+    try:
+        part = limit if isinstance(limit, Part) else Part(operator.index(limit))
+    except TypeError:
+        raise ValueError(f"limit is {limit!r}: expected a whole number of images per split, or a Part") from None
     classes, end = len(arrays["class_names"]), part.images * (part.block + 1)
     if part.images < classes or part.block < 0:
         raise ValueError(f"limit is {limit}: expected at least {classes}, one image per class of {name}")
@@ -96,7 +110,7 @@ def within(limit: int | Part, rows: Mapping[str, np.ndarray], arrays: Mapping[st
 
     if part is limit:
         return {**rows, "train": np.setdiff1d(first("train", end), first("train", end - part.images))}
-    return {split: first(split, limit) for split in rows}
+    return {split: first(split, part.images) for split in rows}
 
 
 def described(rows: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> list[str]:
@@ -113,7 +127,7 @@ def described(rows: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) 
     return [
         f"{len(labels):,} training images ({', '.join(shown)})",
         f"{len(rows['validation']):,} validation images {'given' if 'validation_labels' in arrays else 'held out'}",
-        f"{len(rows['test']):,} test images",
+        f"{len(rows['test']):,} test images{'' if 'test_labels' in arrays else ' held out'}",
         f"{len(names)} classes",
         f"{width}x{height} pixels, {channels} channel{'s' if channels > 1 else ''}",
     ]
