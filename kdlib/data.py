@@ -60,6 +60,12 @@ class ImageSet:
         return self.images.shape[3]
 
     @property
+    def format(self) -> dict:
+        """What a network that learned from it takes and gives: an image's (H, W, C), its scale, the classes' names."""
+        about = {"mean": self.mean, "std": self.std, "class_names": self.class_names}
+        return {"shape": list(self.images.shape[1:]), **{name: list(values) for name, values in about.items()}}
+
+    @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits of the SHA-256 of the content: images, labels, classes, views and scale.
 

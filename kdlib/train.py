@@ -222,7 +222,7 @@ def load_or_train(
             "they were not saved: bind what it reads with functools.partial"
         )
     made = {"history": asdict(history), "provenance": artefacts.provenance(device, history.seconds[-1])}
-    artefacts.save_weights(folder / file, model, fingerprint=made_from, **made)
+    artefacts.save_weights(folder / file, model, fingerprint=made_from, format=data.format, **made)
     return Trained(model.eval(), history, made_from, folder / file)
 
 

@@ -1,0 +1,115 @@
+"""A network in a file, by itself: ``.onnx``, or ``.pth`` with what its record tells of the network and its images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from kdlib.datasets import load_data
+from kdlib.deploy.export import FromPixels, OnnxModel
+from kdlib.models import NETWORKS, build
+from kdlib.records import artefacts
+from kdlib.sources.known import DATA_SETS
+from kdlib.sources.pictures import read_picture, resized
+
+GREY = np.array([0.299, 0.587, 0.114])  # how bright red, green and blue look (ITU-R BT.601), as PIL has it
+
+
+@dataclass(frozen=True)
+class SavedNetwork:
+    """A network from a file of weights, and the format of its images (see ``ImageSet.format``)."""
+
+    model: nn.Module  # in eval mode
+    format: dict
+    fingerprint: dict
+
+
+def load_saved(
+    path: str | os.PathLike, *, network: str | Callable | None = None, dataset: str | os.PathLike | None = None
+) -> SavedNetwork:
+    """The network in a file of weights.
+
+    Args:
+        path: weights that :func:`kdlib.load_or_train` saved, with their record ``<path>.json`` beside them.
+        network: as :func:`kdlib.build` takes it; None: the one of kdlib's own that the record names. A name in a file
+            never chooses code of yours: for a network of your own say which.
+        dataset: what it was trained on, as :func:`kdlib.load_data` takes it; needed only for records that are older
+            than their field ``format``, of a data set of your own.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no record, a network that is not kdlib's own, or weights that do not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not there: expected a file of weights, such as outputs/full/student_cnn.pth"
+        )
+    record = artefacts.record(path)
+    fingerprint = record.get("fingerprint", {})
+    named = fingerprint.get("network")
+    named = named.get("name") if isinstance(named, dict) else named  # older records have the name alone
+    if network is None and named not in NETWORKS:
+        wanted = f"its record names {named!r}, which is not one of kdlib's own" if named else "it has no record"
+        raise ValueError(f"{path}: {wanted}; say which network it is (--network package.module:function)")
+    about = record.get("format") or _format_of(path, dataset or str(fingerprint.get("data", "")).partition("/")[0])
+    model = build(network or named, len(about["class_names"]), about["shape"][2])
+    return SavedNetwork(artefacts.load_weights(path, model).eval(), about, fingerprint)
+
+
+def _format_of(path: Path, dataset: str | os.PathLike) -> dict:
+    if isinstance(dataset, str) and dataset not in DATA_SETS and not Path(dataset).exists():
+        raise ValueError(
+            f"{path}: its record does not tell the size, scale and classes of its images; say what it was trained on "
+            f"(--dataset, one of {', '.join(DATA_SETS)} or a path)"
+        )
+    return load_data(dataset).train.format
+
+
+def read_pixels(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    """A picture as a network takes it: (H, W, C) uint8, its shorter side resized and a square cut from its centre.
+
+    Raises:
+        ValueError: no picture, or a network whose images are not square.
+    """
+    height, width, channels = shape
+    pixels, _ = read_picture(path)
+    if pixels.shape[:2] != (height, width):
+        if height != width:
+            raise ValueError(f"{path} is {pixels.shape[1]}x{pixels.shape[0]}, the network takes {width}x{height}")
+        pixels = resized(pixels[None], height)[0]
+    return pixels if channels == 3 else np.round(pixels @ GREY).astype(np.uint8)[..., None]
+
+
+def predict(
+    path: str | os.PathLike,
+    pictures: list[Path],
+    *,
+    temperature: float | None = None,
+    network: str | Callable | None = None,
+    dataset: str | os.PathLike | None = None,
+) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """The probabilities (N, classes) of pictures by the network in a file, ``.onnx`` or ``.pth``; and the classes.
+
+    Args:
+        temperature: of the softmax; None: the one in the ONNX file, 1 for weights.
+        network, dataset: see :func:`load_saved`.
+    """
+    if Path(path).suffix == ".onnx":
+        model = OnnxModel(path)
+        shape, names, told = model.shape, model.class_names, model.temperature
+        pixels = np.stack([read_pixels(Path(picture), shape) for picture in pictures])
+        logits = model.predict_logits(pixels)
+    else:
+        saved = load_saved(path, network=network, dataset=dataset)
+        shape, names, told = tuple(saved.format["shape"]), tuple(saved.format["class_names"]), 1.0
+        pixels = np.stack([read_pixels(Path(picture), shape) for picture in pictures])
+        with torch.no_grad():
+            logits = FromPixels(saved.model, saved.format["mean"], saved.format["std"])(torch.from_numpy(pixels))
+    return (logits / (temperature or told)).softmax(1), names
