@@ -1,4 +1,4 @@
-"""A network as an ONNX file that takes pixels: normalisation is part of the graph, what its outputs mean is beside it."""
+"""A network as an ONNX file that takes pixels: it holds the normalisation, and what the outputs mean."""
 
 from __future__ import annotations
 
@@ -176,8 +176,8 @@ class OnnxModel:
         pixels = np.asarray(pixels)
         if pixels.dtype != np.uint8 or pixels.shape[1:] != self.shape:
             raise ValueError(
-                f"images are {pixels.dtype} {pixels.shape}, expected uint8 (N, {', '.join(map(str, self.shape))}): pixels "
-                "from 0 to 255, which the graph itself normalises"
+                f"images are {pixels.dtype} {pixels.shape}, expected uint8 (N, {', '.join(map(str, self.shape))}): "
+                "pixels from 0 to 255, which the graph itself normalises"
             )
         parts = [self(pixels[start : start + batch_size]) for start in range(0, len(pixels), batch_size)]
         return torch.from_numpy(np.concatenate(parts))
