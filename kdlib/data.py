@@ -106,12 +106,14 @@ class ImageSet:
         """How many views `views` means: itself, or for None all there are.
 
         Raises:
-            ValueError: fewer than 1, or more than there are.
+            ValueError: no whole number, fewer than 1, or more than there are.
         """
         most = len(self.view_table)
         if views is None:
             return most
-        if not 1 <= views <= most:
+        if isinstance(views, bool) or not hasattr(views, "__index__"):
+            raise ValueError(f"views is {views!r}: expected a whole number, or None for all {most}")
+        if not 1 <= (views := int(views)) <= most:
             limit = f"at most {most}, which is" if views > most else f"at least 1 (the clean image); {most} are"
             raise ValueError(
                 f"views is {views}: expected {limit} all that {self.name} has with {self.padding} pixels of padding "
@@ -280,6 +282,7 @@ def mixup(batch: Batch, strength: float, classes: int, generator: torch.Generato
     first, second = torch._standard_gamma(concentration, generator=generator)
     share = first / (first + second)
     other = torch.randperm(len(batch.images), generator=generator, device=device)
-    labels = torch.nn.functional.one_hot(batch.labels.clamp(min=0), classes).to(dtype)  # -1, no label, is never read
+    labels = torch.nn.functional.one_hot(batch.labels.clamp(min=0), classes).to(dtype)
+    labels = labels.masked_fill((batch.labels < 0)[:, None], torch.nan)  # no label: whoever reads it shall notice
     images = share * batch.images + (1 - share) * batch.images[other]
     return Batch(images, share * labels + (1 - share) * labels[other], batch.indices, None)

@@ -20,10 +20,10 @@ from kdlib.data import Data, ImageSet, mean_and_std
 from kdlib.records.artefacts import atomic_write, did_you_mean
 from kdlib.sources.arrays import checked, read_npz
 from kdlib.sources.folders import read_folder
-from kdlib.sources.indexed import names_of, read_indexed
+from kdlib.sources.indexed import alike, common_names, in_order, read_indexed
 from kdlib.sources.known import DATA_SETS, OWN
 from kdlib.sources.order import put_in_order
-from kdlib.sources.pictures import resized
+from kdlib.sources.pictures import all_resized
 from kdlib.sources.splits import Part, check_complete, described, part_of, split_rows, within
 
 
@@ -91,7 +91,8 @@ def from_dataset(
     Args:
         train, test, validation: with ``len()`` and ``[i]``; what an item may be, see
             :func:`kdlib.sources.indexed.read_indexed`. The images are read once, into memory.
-        class_names: in the order of the labels; by default what `train` or `test` tells, otherwise the numbers.
+        class_names: in the order of the labels, or a mapping from label to name; by default what the data sets tell,
+            otherwise the numbers.
         name: in records and messages.
 
     Raises:
@@ -103,9 +104,11 @@ def from_dataset(
     for split, dataset in {"train": train, "validation": validation, "test": test}.items():
         if dataset is not None:
             arrays[f"{split}_images"], arrays[f"{split}_labels"] = read_indexed(dataset, f"{name}/{split}", size)
-    names = class_names if class_names is not None else names_of(train) or names_of(test)
-    if names is not None:
-        arrays["class_names"] = np.array([str(n) for n in names])
+    if class_names is None:
+        class_names = common_names({"train": train, "validation": validation, "test": test}, name)
+    if class_names is not None:
+        arrays["class_names"] = np.array(in_order(class_names, name))
+    alike(arrays)
     return _split(name, checked(arrays, name), OWN, [], limit=limit, size=size, padding=padding, flip=flip)
 
 
@@ -113,7 +116,7 @@ def _split(label, arrays, source, remarks, *, limit, size, padding, flip) -> Dat
     """The splits of a data set's arrays. Beside those, one copy of the images is made, and no second one."""
     if size and arrays["train_images"].shape[1:3] != (size, size):
         for kept in [kept for kept in arrays if kept.endswith("_images")]:
-            arrays[kept] = np.concatenate([resized(one[None], size) for one in arrays[kept]])
+            arrays[kept] = all_resized(arrays[kept], size)
     leaks = put_in_order(arrays)
     rows = split_rows(arrays, source.validation)
     if source is OWN:

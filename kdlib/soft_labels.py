@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from kdlib import gpu
+from kdlib.checks.logits import check_finite, examine
 from kdlib.data import Batch, ImageSet
 from kdlib.evaluate import outputs_of, predict_logits
 from kdlib.losses import at_least_float32
 from kdlib.records import artefacts, identity
-from kdlib.sources.teachers import check_logits, examine
 from kdlib.train import Recipe, Targets, progress_bar
 
 
@@ -111,7 +111,7 @@ class LiveTeacher(Targets):
         return LiveTeacher(self.model.to(device))
 
     def check(self, data: ImageSet, recipe: Recipe) -> None:
-        """Put the teacher into eval mode, and look at what it says of some images (:mod:`kdlib.sources.teachers`)."""
+        """Put the teacher into eval mode, and look at what it says of some images (:mod:`kdlib.checks.logits`)."""
         examine(self.model.eval(), data)
 
 
@@ -129,20 +129,20 @@ def generate(
 
     Raises:
         ValueError: more views than `data` has, or a teacher that gives no finite (N, classes) logits. A warning says if
-            they agree with few labels (:func:`kdlib.sources.teachers.check_logits`).
+            they agree with few labels (:func:`kdlib.checks.logits.check_logits`).
     """
     views = data.resolve_views(views)
     device = gpu.pick_device(device)
     data = data.to(device)
-    layout = gpu.place(teacher.eval(), device, data.example)
+    examine(teacher.eval().to(device), data)
+    layout = gpu.place(teacher, device, data.example)
     teacher = gpu.optimize_for_gpu(teacher, device, layout, for_inference=True)
     logits = np.empty((views, len(data), data.classes), np.float16)
     largest = float(np.finfo(np.float16).max)  # a hardly trained teacher may exceed it; infinity would end the training
     with progress_bar(views, progress, unit="view") as bar:
         for view in range(views):
             made = predict_logits(teacher, data, view=view, device=device)
-            if view == 0:
-                check_logits(made, data)
+            check_finite(made, data, view)
             logits[view] = made.clamp(-largest, largest).numpy()
             bar.update()
     return logits

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kdlib import gpu
+from kdlib.checks.fits import check_fits
 from kdlib.data import Batch, ImageSet, Targets, batches, cutout, mixup, steps_per_epoch
 from kdlib.evaluate import predict_logits
 from kdlib.models import build
@@ -204,9 +205,11 @@ def load_or_train(
 
     Raises:
         IdentityError: the network, the objective or the targets cannot be identified by their content.
+        ValueError: the network does not take the images, or has another number of outputs than there are classes.
     """
     folder, device = Path(folder), gpu.pick_device(device)
     model = build(network, data.classes, data.channels, seed=recipe.seed)
+    check_fits(model, data)
     made_from = fingerprint(network, data, loss_fn, recipe, targets, model=model)
     if path := artefacts.find(folder, file, made_from):
         artefacts.load_weights(path, model)

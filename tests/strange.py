@@ -6,6 +6,9 @@ pattern: then the folder should be refused with a message that matches.
 
 import os
 import shutil
+import struct
+import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ class Folder:
         self.root, self.random = root, np.random.RandomState(0)
         self.truth: dict[str, list] = {"train": [], "test": []}  # split -> [(pixels, label)]
         self.options: dict = {}  # for load_data
+        self.names = CLASSES
         for split, count in (("train", 12), ("test", 3)):
             for name in CLASSES:
                 for k in range(count):
@@ -137,6 +141,13 @@ def names_in_other_scripts(f):
     f.add("train", "cat", "кот 猫\n🐈.png")
 
 
+def one_name_in_two_spellings(f):
+    """é as one letter in train/, as two in test/: the class is the same."""
+    for split, form in (("train", "NFC"), ("test", "NFD")):
+        (f.root / split / "cat").rename(f.root / split / unicodedata.normalize(form, "café"))
+    f.names = ("café", "dog")
+
+
 def no_test_folder(f):
     """The test images are held out of the training images."""
     shutil.rmtree(f.root / "test")
@@ -241,7 +252,7 @@ def nothing_labelled_in_train(f):
 def nothing_labelled_and_no_validation(f):
     nothing_labelled_in_train(f)
     shutil.rmtree(f.root / "val")
-    return r"class 'cat' has no validation image"
+    return r"no training image has a label, so none can be held out .* a folder val/"
 
 
 # --- links and other files ----------------------------------------------------------------------------------------
@@ -380,6 +391,30 @@ def thirty_two_bits(f):
     return r"deep\.tif .*mode I: expected"
 
 
+def _colour_of_sixteen_bits(f, file: str, values: np.ndarray) -> None:
+    """A PNG of 16-bit RGB, which PIL does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 2, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    f.file("train", "cat", file).write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+
+
+def sixteen_bits_of_colour(f):
+    values = f.random.randint(0, 2**16, (HEIGHT, WIDTH, 3))
+    _colour_of_sixteen_bits(f, "deep.png", values)
+    f.expect((values >> 8).astype(np.uint8))
+
+
+def twelve_bits_of_sixteen_in_colour(f):
+    _colour_of_sixteen_bits(f, "deep.png", f.random.randint(0, 2**12, (HEIGHT, WIDTH, 3)))
+    return r"the 16-bit pictures have no value above 4,095"
+
+
 def floats(f):
     values = f.random.rand(HEIGHT, WIDTH).astype(np.float32)
     f.picture(Image.fromarray(values), "float.tif", grey(values * 255))
@@ -429,6 +464,14 @@ def transparent(f):
     pixels = f.pixels(HEIGHT, WIDTH, 4)
     opacity = pixels[..., 3:] / 255.0
     f.picture(Image.fromarray(pixels), "alpha.png", grey(pixels[..., :3] * opacity + 255 * (1 - opacity)))
+
+
+def one_colour_that_is_transparent(f):
+    pixels = f.pixels()
+    pixels[:3] = (7, 7, 7)
+    white = pixels.copy()
+    white[:3] = 255
+    f.picture(Image.fromarray(pixels), "keyed.png", white, transparency=(7, 7, 7))
 
 
 def transparent_grey(f):

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -61,7 +62,7 @@ def test_a_strange_folder_is_read_as_it_is_or_refused_with_the_reason(kind, tmp_
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             data = load_data(folder.root, **folder.options)
-        assert data.train.class_names == strange.CLASSES
+        assert data.train.class_names == folder.names
         read, held_out = content(data.train), content(data.validation)
         if "test" in folder.truth:
             assert content(data.test) == truth(folder.truth["test"])
@@ -161,6 +162,75 @@ def test_the_names_of_the_classes_are_those_that_the_data_set_has():
     rows = Rows(train.images, train.labels, keys=("image", "label"), features={"image": None, "label": Names})
     assert from_dataset(rows, test).train.class_names == ("cat", "dog")
     assert from_dataset(rows, test, class_names=["a", "b"], name="pets").train.class_names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        ({1: "dog", 0: "cat"}, ("cat", "dog")),
+        ({"dog": 1, "cat": 0}, ("cat", "dog")),
+        (np.array(["cat", "dog"]), ("cat", "dog")),
+        (2, ("0", "1")),  # a number of classes, as some data sets have it
+    ],
+)
+def test_names_come_in_the_order_of_their_numbers(classes, names):
+    train, test = splits(Plain)
+    assert from_dataset(Plain(train.images, train.labels, classes=classes), test).train.class_names == names
+
+
+def test_data_sets_that_number_their_classes_differently_are_refused():
+    train, test = (Plain(one.images, one.labels) for one in splits(Plain))
+    train.classes, test.classes = ["cat", "dog"], ["dog", "cat"]
+    with pytest.raises(ValueError, match="class 0 is 'cat' in train and 'dog' in test: expected the same classes"):
+        from_dataset(train, test)
+    test.classes = ["cat"]
+    with pytest.raises(ValueError, match="class 1 is 'dog' in train and 'nothing' in test"):
+        from_dataset(train, test)
+    assert from_dataset(train, test, class_names=["a", "b"]).train.class_names == ("a", "b")
+    with pytest.raises(ValueError, match=r"own: the classes are numbered \[1, 2\]: expected 0 to 1"):
+        from_dataset(train, test, class_names={1: "a", 2: "b"})
+
+
+def test_splits_in_grey_and_in_colour_become_alike():
+    train = splits(Plain)[0]
+    grey = Plain(PIXELS[30:, ..., 0], LABELS[30:])
+    assert from_dataset(train, grey).test.channels == 3
+    opaque = np.concatenate([PIXELS[30:], np.full_like(PIXELS[30:, ..., :1], 255)], axis=3)
+    data = from_dataset(train, Plain(opaque, LABELS[30:]))
+    assert data.test.identity == from_dataset(train, Plain(PIXELS[30:], LABELS[30:])).test.identity
+
+
+def test_a_file_that_is_missing_is_named_with_the_index_of_its_item():
+    class Lazily(Plain):
+        def __getitem__(self, k):
+            return Image.open("nowhere/7.png"), 0
+
+    with pytest.raises(ValueError, match=r"own/train\[0\]: .*nowhere/7\.png"):
+        from_dataset(Lazily(PIXELS, LABELS), [])
+    with pytest.raises(ValueError, match=r"own/train\[0\]: there is no 0"):
+        from_dataset({"train": 1}, [])
+
+
+def test_a_label_beyond_all_images_is_refused_before_memory_is_filled():
+    train, test = splits(AS_THEY_COME["a list"])
+    train[3] = (PIXELS[3], 2**30)
+    with pytest.raises(ValueError, match=r"own: a label is 1,073,741,824, and there are 40 images"):
+        from_dataset(train, test)
+
+
+def test_a_picture_that_is_a_line_takes_little_memory(tmp_path):
+    Image.new("RGB", (60_000, 1)).save(tmp_path / "line.png")
+    tracemalloc.start()
+    kdlib.sources.pictures.read_picture(tmp_path / "line.png", 224)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6
+
+
+def test_a_mixture_of_images_without_labels_has_no_labels():
+    batch = kdlib.data.Batch(torch.rand(4, 1, 2, 2), torch.tensor([0, -1, 1, -1]), torch.arange(4), None)
+    mixed = kdlib.data.mixup(batch, 1.0, 2, torch.Generator().manual_seed(0))
+    assert mixed.labels[[1, 3]].isnan().all()
 
 
 def test_grey_pictures_among_those_in_colour_become_colour():

@@ -4,13 +4,15 @@ import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import kdlib
 from kdlib.data import ImageSet
-from kdlib.sources.teachers import adapt_teacher, weights_for
+from kdlib.sources.teachers import adapt_teacher
+from kdlib.sources.weights import weights_for
 
 NAMES = ("bee", "cat", "dog", "emu")
 
@@ -137,7 +139,7 @@ def test_probabilities_become_logits_and_one_logit_is_that_of_the_second_class()
 
 def test_every_setting_is_part_of_what_the_teacher_is():
     data = brightness()
-    options = [{}, {"size": 8}, {"classes": ("bee", "dog", "cat", "emu")}, {"outputs": "probabilities"}]
+    options = [{}, {"size": 8}, {"classes": ("bee", "dog", "cat", "emu")}]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         teachers = [adapt_teacher(Nearest(), data, **{**OWN, **more}) for more in options]
@@ -162,6 +164,11 @@ def test_every_setting_is_part_of_what_the_teacher_is():
             "mean is .*: expected one number per channel, of pixels from 0",
         ),
         ({"mean": (0.5,) * 3}, "expected mean and std both, or neither"),
+        ({"mean": 0.5, "std": 0}, "std is 0: expected one number per channel, of pixels from 0 to 1 and above 0"),
+        ({"size": (8, 8)}, r"size is \(8, 8\): expected a whole number of pixels"),
+        ({"classes": 4}, "classes is 4: expected the teacher's classes in its order|classes is 4: expected the names"),
+        ({"classes": {"bee": 0, "cat": 1, "dog": 1, "emu": 3}}, "classes gives output 1 to cat and dog"),
+        ({"classes": {"bee": 0, "cat": 1, "dog": -1, "emu": 3}}, "expected whole numbers from 0, one for each class"),
     ],
 )
 def test_a_setting_that_does_not_fit_is_refused(options, message):
@@ -219,6 +226,23 @@ def test_weights_are_found_whatever_wraps_them(wrapped, tmp_path):
 def test_weights_of_another_network_are_refused_with_the_nearest(weights, message):
     with pytest.raises(ValueError, match=message):
         weights_for(NETWORK, weights)
+
+
+def test_counters_and_arrays_are_no_obstacle():
+    network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
+    state = network.state_dict()
+    old = {name: weight for name, weight in state.items() if "num_batches" not in name}
+    assert weights_for(network, old | {"total_ops": torch.zeros(1)}).keys() == state.keys()
+    arrays = {name: weight.numpy() for name, weight in state.items()}
+    assert torch.equal(weights_for(network, arrays)["0.weight"], state["0.weight"])
+
+
+def test_of_two_sets_of_weights_the_reader_chooses():
+    both = {"student": STATE, "teacher": {name: 2 * weight for name, weight in STATE.items()}}
+    with pytest.raises(ValueError, match=r"2 sets of weights that fit .* 'student' and 'teacher': give the one"):
+        weights_for(NETWORK, both)
+    averaged = {"state_dict": STATE, "ema_state_dict": both["teacher"]}
+    assert torch.equal(weights_for(NETWORK, averaged)["1.bias"], STATE["1.bias"])
 
 
 def test_a_file_of_weights_never_executes_code(tmp_path, side_effect):
@@ -300,11 +324,84 @@ def test_a_teacher_of_other_classes_is_refused(way, columns):
 def test_a_teacher_whose_logits_are_not_finite_is_refused_before_anything_is_saved(way, value, tmp_path):
     network = Nearest()
     network.shades.data[2] = value
-    with pytest.raises(ValueError, match=r"not finite for 60 of 60 images of own/train, first for image 0: expected"):
+    with pytest.raises(ValueError, match=r"not finite for 60 of 60 images of own/train in view 0, first for image 0"):
         ask(way, network, FITTING)
     with pytest.raises(ValueError, match="not finite"):
         kdlib.load_or_generate(tmp_path, network, FITTING, 1, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_view_that_is_not_finite_is_found_whichever_it_is(tmp_path):
+    class Corner(Nearest):
+        def forward(self, x):
+            black = (255 * (x * self.std + self.mean))[:, :, 0].amax((1, 2)) < 1  # the first row, in shifted views
+            return super().forward(x).masked_fill(black[:, None], torch.nan)
+
+    data = replace(FITTING, padding=1)
+    with pytest.raises(ValueError, match=r"not finite for 60 of 60 images of own/train in view \d, first for image 0"):
+        kdlib.load_or_generate(tmp_path, Corner(), data, 9, progress=False)
+    assert list(tmp_path.iterdir()) == []
+    logits = torch.zeros(9, 60, 4).half()
+    logits[4, 2, 1] = torch.nan
+    findings = kdlib.preflight(data, targets=kdlib.SoftLabels(logits, data.identity))
+    assert any(f.odd and "in view 4, first for image 2" in f.text for f in findings)
+
+
+@pytest.mark.parametrize("way", ["generate", "live"])
+def test_two_exchanged_classes_of_ten_are_noticed(way):
+    shades = tuple(range(20, 220, 20))
+    labels = torch.arange(60) % 10
+    images = (20 + 20 * labels)[:, None, None, None].expand(60, 6, 6, 3).to(torch.uint8)
+    data = ImageSet("own/train", images, labels, tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3)
+    with pytest.warns(UserWarning, match=r"agrees with 80% .*other order .* 100%: it predicts a as b, b as a"):
+        ask(way, Nearest(shades=(shades[1], shades[0], *shades[2:])), data)
+
+
+@pytest.mark.parametrize("way", ["generate", "live"])
+def test_a_teacher_that_always_says_the_same_is_noticed(way):
+    class Constant(Nearest):
+        def forward(self, x):
+            return 0 * super().forward(x) + torch.tensor([1.0, -1.0])
+
+    data = replace(brightness(2), mean=(0.5,) * 3, std=(0.25,) * 3)
+    with pytest.warns(UserWarning, match=r"agrees with 50% .* One that always predicts 'bee' would do as well"):
+        ask(way, Constant(shades=(40, 90)), data)
+
+
+class Softmax(Nearest):
+    def forward(self, x):
+        return super().forward(x).softmax(1)
+
+
+def test_probabilities_are_noticed_though_some_classes_are_left_out():
+    with pytest.warns(UserWarning, match="look like probabilities"):
+        adapt_teacher(Softmax(shades=(40, 90, 140, 190, 70)), brightness(), classes=(*NAMES, "fox"), **OWN)
+
+
+def test_logits_that_are_called_probabilities_are_refused():
+    with pytest.raises(ValueError, match=r"outputs is 'probabilities', but they run from -\d\S* to"):
+        adapt_teacher(Nearest(), brightness(), outputs="probabilities", **OWN)
+
+
+def test_a_mapping_need_not_name_all_outputs():
+    many = Nearest(shades=(40, 90, 140, 190, *range(300, 900)))
+    few = {name: k for k, name in enumerate(NAMES)}
+    assert agreement(adapt_teacher(many, brightness(), classes=few, **OWN), brightness()) == 1
+    numbered = {k: name for name, k in few.items()} | {k: f"other {k}" for k in range(4, 604)}
+    assert agreement(adapt_teacher(many, brightness(), classes=numbered, **OWN), brightness()) == 1
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, list])
+def test_scale_may_be_an_array_or_one_number(kind):
+    assert agreement(adapt_teacher(Nearest(), brightness(), mean=kind([0.5] * 3), std=0.25), brightness()) == 1
+
+
+def test_a_teacher_that_does_not_take_the_images_is_refused_with_their_size():
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(7, 4))
+    with pytest.raises(ValueError, match=r"AdaptedTeacher fails on images of own/train, 6x6 pixels with 3 channels"):
+        adapt_teacher(linear, brightness())
+    with pytest.raises(ValueError, match=r"call its \.float\(\) first"):
+        kdlib.load_or_generate("nowhere", nn.Sequential(nn.Flatten(), nn.Linear(108, 4)).half(), brightness(), 1)
 
 
 def test_images_without_labels_are_compared_with_none():

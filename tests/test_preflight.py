@@ -1,5 +1,6 @@
 """The checklist: every mistake that it knows is named, and what is right is passed over."""
 
+import copy
 import re
 from dataclasses import replace
 from functools import partial
@@ -58,7 +59,7 @@ MISTAKES = {
     "softmax twice": (lambda z, v, y, t, a: t**2 * soft(z, v.softmax(1), t), "softmax applied twice to the teacher"),
     "the student not softened": (
         lambda z, v, y, t, a: F.kl_div(z.log_softmax(1), (v / t).softmax(1), reduction="batchmean"),
-        "T is not applied to both alike",
+        "is T applied to both alike",
     ),
     "the teacher not used": (lambda z, v, y, t, a: F.cross_entropy(z, y), "the teacher's logits change nothing"),
     "no scalar": (lambda z, v, y, t, a: F.cross_entropy(z, y, reduction="none") * v[:, 0], r"it is a tensor \(8,\)"),
@@ -86,6 +87,8 @@ def test_a_mistake_in_the_loss_is_named(change, message):
         partial(kdlib.distillation_loss, temperature=20.0, alpha=0.1),
         partial(kdlib.distillation_loss, temperature=1.0, alpha=0.5, beta=2.0),
         partial(kdlib.distillation_loss, temperature=3.0, alpha=0),
+        lambda z, v, y: kdlib.distillation_loss(z, v, y, temperature=2.0, alpha=0.1),
+        partial(lambda z, v, y, T: kdlib.distillation_loss(z, v, y, temperature=T, alpha=0.3), T=8.0),
     ],
 )
 def test_a_right_loss_is_passed_over(loss_fn):
@@ -98,6 +101,17 @@ def test_a_right_loss_is_passed_over(loss_fn):
 def network(classes=4, width=16):
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, classes))
+
+
+class Pair(nn.Module):
+    """A network that returns a tuple, which kdlib's loop does not take."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = network()
+
+    def forward(self, x):
+        return self.network(x), None
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +151,28 @@ def test_what_fits_together_looks_right(parts, capsys):
     assert odd(parts, capsys, targets=stored) == []
 
 
+def test_a_teacher_without_targets_is_a_live_one(parts, capsys):
+    assert odd({**parts, "targets": None}, capsys) == []
+
+
+def test_modes_within_a_teacher_are_noticed_and_left(parts, capsys):
+    mixed = nn.Sequential(*copy.deepcopy(parts["teacher"]), nn.Dropout(0.5)).eval()
+    mixed[4].train()
+    check(parts, capsys, "teacher: it is in train mode", teacher=mixed)
+    assert [module.training for module in mixed] == [False] * 4 + [True]
+
+
+def test_without_labels_nothing_is_said_of_agreement(parts, capsys):
+    train, validation, test = parts["data"]
+    bare = replace(train, labels=torch.full_like(train.labels, -1))
+    findings = kdlib.preflight(bare, teacher=parts["teacher"])
+    assert "too few labels" in str(findings)
+    assert "agree with" not in str(findings)
+    wrong = network(width=64).eval()  # untrained: compared on the validation images, which have labels
+    findings = kdlib.preflight(Data(bare, validation, test), teacher=wrong)
+    assert any("the teacher agrees with" in finding.text for finding in findings if finding.odd)
+
+
 def test_it_says_how_many_things_look_odd(parts, capsys):
     findings = kdlib.preflight(**parts)
     assert capsys.readouterr().out.splitlines()[-1] == f"0 of {len(findings)} look odd"
@@ -150,7 +186,7 @@ def check(parts, capsys, expected, **changes):
 
 def test_mistakes_of_teacher_and_targets_are_named(parts, capsys):
     data, teacher = parts["data"], parts["teacher"]
-    dropped = nn.Sequential(*teacher, nn.Dropout(0.5)).train()
+    dropped = nn.Sequential(*copy.deepcopy(teacher), nn.Dropout(0.5)).train()
     check(parts, capsys, "teacher: it is in train mode", teacher=dropped)
     check(parts, capsys, "teacher: it is in train mode", teacher=dropped, targets=kdlib.LiveTeacher(dropped))
     swapped = network(width=64)
@@ -172,8 +208,14 @@ def test_mistakes_of_teacher_and_targets_are_named(parts, capsys):
 
 def test_mistakes_of_student_and_optimizer_are_named(parts, capsys):
     student, teacher = parts["student"], parts["teacher"]
-    check(parts, capsys, "student: its outputs are (1, 10) for one image, of 4 classes", student=network(10))
+    check(parts, capsys, "student: the network Sequential returns (1, 10) for one image", student=network(10))
     check(parts, capsys, "the teacher has 4,420", student=network(width=200))
+    assert odd(parts, capsys, student=network(width=64)) == []  # self-distillation
+    small = nn.Sequential(nn.Flatten(), nn.Linear(9, 4))
+    check(parts, capsys, "student: the network Sequential fails on one image of 8x8", student=small)
+    check(parts, capsys, "returns a tuple for one image", student=Pair())
+    check(parts, capsys, "lower it", recipe=replace(parts["recipe"], learning_rate=0.4))
+    check(parts, capsys, "raise the learning rate", recipe=replace(parts["recipe"], learning_rate=1e-6))
     weights = [*student.parameters(), *teacher.parameters()]
     check(parts, capsys, "it holds 4 tensors of the teacher", optimizer=torch.optim.SGD(weights, lr=0.1))
     some = torch.optim.SGD(student[3].parameters(), lr=0.1)

@@ -135,13 +135,19 @@ def sweep_grid(options: argparse.Namespace) -> None:
     texts = [" ".join(f"{name}={shlex.quote(value)}" for name, value in values.items()) for values in grid]
     # everything is checked before anything runs
     settings = {text: resolve(options.profile, read_parameters(text, selected)) for text in texts}
+    for one in settings.values():
+        twins = [other for other in settings if settings[other].folder == one.folder]
+        if len(twins) > 1:
+            raise Refused(
+                f"the runs {' and '.join(map(repr, twins))} are the same: expected each value once in the grid"
+            )
     profile = next(iter(settings.values())).name
     runs = sweep.sweep(settings, selected, profile)
     folders = [RUNS / one.folder.name for one in settings.values()]
     made = RUNS / f"sweep-{artefacts.digest([profile, options.chapters, texts])}"
     sweep.save(made, runs, grid, folders)
     print("\n" + plots.text_table(*sweep.table_of(runs, grid)))
-    print("\nOn validation images, mean ± standard deviation over the seeds; gains in points.")
+    print("\nOn validation images, mean ± standard deviation over the students' seeds; gains in points.")
     print(f"The table, every run with the folder of its notebooks, and a picture: {made}")
     if failed := [text for text, known in runs.items() if known["outcome"] != "done"]:
         raise Failed(

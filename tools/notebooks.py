@@ -98,8 +98,8 @@ def execute(chapter: Chapter, output: Path, parameters: dict, profile: str, fold
     except papermill.PapermillExecutionError as error:
         code = "\n".join(f"    {line}" for line in error.source.splitlines()[:6])
         raise Failed(
-            f"chapter {chapter.number} failed in cell [{error.exec_count}]:\n{code}\n"
-            f"{error.ename}: {error.evalue}\n(the whole traceback is in {output})"
+            f"chapter {chapter.number} failed in cell [{error.exec_count}]: {error.ename}: {error.evalue}\n{code}\n"
+            f"(the whole traceback is in {output})"
         ) from error
     except Exception as error:  # a kernel that died or did not start
         raise Failed(f"chapter {chapter.number} was cut off: {type(error).__name__}: {error}") from error

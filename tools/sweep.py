@@ -33,6 +33,7 @@ from kdlib.models import network_name
 from kdlib.records import artefacts
 
 RECORD = "run.json"
+FIELDS = ("profile", "chapters", "parameters", "outcome", "date", "seconds", "made_from", "results")  # of a record
 
 # --- records of runs -----------------------------------------------------------------------------------------------
 
@@ -62,32 +63,32 @@ def made_from(selected: Sequence[Chapter]) -> str:
     return artefacts.digest({n: [trees.cells_digest(own), trees.used_modules(own)] for n, own in cells.items()})
 
 
-def results(settings: profiles.Profile) -> dict[str, float]:
-    """What a run's students reach, as means over its seeds: on the validation images, and in the table of chapter 06.
+def results(settings: profiles.Profile) -> dict[str, dict[str, float]]:
+    """What a run's students reach, by their seeds: on the validation images, and in the table of chapter 06.
 
     By network: the accuracy of the student alone and of the distilled one, and the difference of those two.
     """
-    found: dict[str, float] = {}
+    found: dict[str, dict] = {}
     several = len(settings.students) > 1
     for network in settings.students:
         own = f"{network_name(network)}: " if several else ""
         reached = {role: _accuracies(settings, role, network) for role in ("student", "distilled")}
         for role, name in (("student", "alone"), ("distilled", "distilled")):
             if reached[role]:
-                found[own + name] = float(np.mean(list(reached[role].values())))
+                found[own + name] = reached[role]
         both = sorted(set(reached["student"]) & set(reached["distilled"]))
         if both:
-            found[f"{own}gain"] = float(np.mean([reached["distilled"][s] - reached["student"][s] for s in both]))
+            found[f"{own}gain"] = {s: reached["distilled"][s] - reached["student"][s] for s in both}
     table = settings.folder / "results.json"
     if table.exists():
         for run in evaluate.load_results(table)["runs"]:
             if run["role"] == "distilled":
                 own = f"{run['network']}: " if several else ""
-                found[f"{own}test accuracy"] = float(np.mean(run["accuracy"]))
+                found[f"{own}test accuracy"] = dict(zip(map(str, run["seeds"]), run["accuracy"], strict=True))
     return found
 
 
-def _accuracies(settings: profiles.Profile, role: str, network: object) -> dict[int, float]:
+def _accuracies(settings: profiles.Profile, role: str, network: object) -> dict[str, float]:
     """By seed, the validation accuracy at the end of a student's training, from the record beside its weights."""
     found = {}
     for seed in settings.seeds:
@@ -96,7 +97,7 @@ def _accuracies(settings: profiles.Profile, role: str, network: object) -> dict[
         for folder in (settings.folder, artefacts.base_folder(settings.folder)):
             history = artefacts.record(folder / file).get("history") or {}
             if history.get("accuracy"):
-                found[seed] = history["accuracy"][-1]
+                found[str(seed)] = history["accuracy"][-1]
                 break
     return found
 
@@ -106,8 +107,9 @@ def recorded() -> dict[str, dict]:
     found = {}
     for path in RUNS.glob(f"*/{RECORD}"):
         try:
-            found[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            known = json.loads(path.read_text(encoding="utf-8"))
+            found[path.parent.name] = {name: known[name] for name in FIELDS}
+        except (OSError, ValueError, KeyError, TypeError):
             print(f"{path} is not a record of a run, and is skipped", file=sys.stderr)
     return dict(sorted(found.items(), key=lambda item: item[1].get("date", "")))
 
@@ -179,6 +181,7 @@ def _in_a_process(text: str, settings, numbers: list[str], profile: str, gpu: in
     """One run of the sweep; what it prints is kept beside its notebooks."""
     folder, start = RUNS / settings.folder.name, time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).unlink(missing_ok=True)  # what an earlier attempt came to is not this one's
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
     environment.setdefault("OMP_NUM_THREADS", "1")  # the processors are shared by the runs
     command = [sys.executable, str(Path(__file__).with_name("book.py")), "run", "--profile", profile]
@@ -198,9 +201,10 @@ def in_words(known: Mapping) -> str:
     """How a run ended, in a few words."""
     if known["outcome"] != "done":
         return known["outcome"].partition("\n")[0]
+    means = {name: float(np.mean(list(by_seed.values()))) for name, by_seed in known["results"].items()}
     parts = [
-        f"{name} {100 * value:+.2f} points" if name.endswith("gain") else f"{name} {value:.2%}"
-        for name, value in known["results"].items()
+        f"{name} {100 * mean:+.2f} points" if name.endswith("gain") else f"{name} {mean:.2%}"
+        for name, mean in means.items()
     ]
     return f"{', '.join(parts) or 'no students were trained'} ({known['seconds']:.0f} s)"
 
@@ -219,8 +223,7 @@ def side_by_side(pair: Sequence[Mapping]) -> list[list[str]]:
     same = "the same" if pair[0]["made_from"] == pair[1]["made_from"] else "another"
     rows.append(["code of chapters and kdlib", "", same])
     for name in dict.fromkeys(name for known in pair for name in known["results"]):
-        shown = [_mean_and_std([known["results"][name]] if name in known["results"] else [], name) for known in pair]
-        rows.append([name, *shown])
+        rows.append([name, *(_mean_and_std(over_seeds([known], name), name) for known in pair)])
     return rows
 
 
@@ -228,7 +231,10 @@ def side_by_side(pair: Sequence[Mapping]) -> list[list[str]]:
 
 
 def table_of(runs: Mapping[str, Mapping], grid: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one row for each combination of the parameters but the seed; mean and deviation over seeds."""
+    """Header and rows: one row for each combination of the parameters but the seed; mean and deviation over seeds.
+
+    A seed that several runs have trained counts once: seed=0 and seed=1 share all their students but one each.
+    """
     names = [name for name in grid[0] if name != "seed"]
     groups: dict[tuple, list[Mapping]] = {}
     for values, known in zip(grid, runs.values(), strict=True):
@@ -238,12 +244,13 @@ def table_of(runs: Mapping[str, Mapping], grid: Sequence[Mapping[str, str]]) -> 
     for values, known in groups.items():
         finished = [one for one in known if one["outcome"] == "done"]
         row = [*values, f"{len(finished)} of {len(known)}"]
-        for measure in measures:
-            row.append(
-                _mean_and_std([one["results"][measure] for one in finished if measure in one["results"]], measure)
-            )
-        rows.append(row)
+        rows.append([*row, *(_mean_and_std(over_seeds(finished, measure), measure) for measure in measures)])
     return [*names, "runs", *measures], rows
+
+
+def over_seeds(runs: Sequence[Mapping], measure: str) -> list[float]:
+    """A measure for each seed that any of those runs has."""
+    return list({seed: value for one in runs for seed, value in one["results"].get(measure, {}).items()}.values())
 
 
 def _mean_and_std(values: Sequence[float], measure: str) -> str:
@@ -270,7 +277,8 @@ def save(folder: Path, runs: Mapping[str, Mapping], grid: Sequence[Mapping[str, 
     writer = csv.writer(lines)
     writer.writerow([*grid[0], *measures, "outcome", "seconds", "folder"])
     for values, known, where in zip(grid, runs.values(), folders, strict=True):
-        measured = [round(known["results"][name], 6) if name in known["results"] else "" for name in measures]
+        reached = [over_seeds([known], name) for name in measures]
+        measured = [round(float(np.mean(own)), 6) if own else "" for own in reached]
         outcome = known["outcome"].partition("\n")[0]
         writer.writerow([*values.values(), *measured, outcome, f"{known['seconds']:.1f}", where.as_posix()])
     (folder / "sweep.csv").write_text(lines.getvalue(), encoding="utf-8")
@@ -289,16 +297,17 @@ def picture(path: Path, runs: Mapping[str, Mapping], grid: Sequence[Mapping[str,
         return
     figure, panels = plt.subplots(1, len(measures), figsize=(5 * len(measures), 3.4), squeeze=False)
     for panel, measure in zip(panels[0], measures, strict=True):
-        curves: dict[str, dict[str, list[float]]] = {}
+        curves: dict[str, dict[str, list[Mapping]]] = {}
         for values, known in zip(grid, runs.values(), strict=True):
             if measure in known["results"]:
                 label = ", ".join(f"{name} {values[name]}" for name in others)
-                curves.setdefault(label, {}).setdefault(values[first], []).append(100 * known["results"][measure])
+                curves.setdefault(label, {}).setdefault(values[first], []).append(known)
         places = list(dict.fromkeys(values[first] for values in grid))
         for label, curve in curves.items():
             at = [places.index(place) for place in curve]
-            spread = [np.std(own, ddof=1) if len(own) > 1 else 0 for own in curve.values()]
-            panel.errorbar(at, [np.mean(own) for own in curve.values()], spread, marker="o", capsize=3, label=label)
+            reached = [100 * np.array(over_seeds(own, measure)) for own in curve.values()]
+            spread = [own.std(ddof=1) if len(own) > 1 else 0 for own in reached]
+            panel.errorbar(at, [own.mean() for own in reached], spread, marker="o", capsize=3, label=label)
         panel.set_xticks(range(len(places)), places)
         panel.set_xlabel(first)
         panel.set_ylabel(f"{measure}, points" if measure.endswith("gain") else f"{measure}: validation accuracy, %")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 
@@ -12,6 +13,31 @@ from torch import Tensor
 from kdlib.losses import distillation_loss
 
 TINY = 1e-12
+TEMPERATURES = [
+    1,
+    1.5,
+    2,
+    2.5,
+    3,
+    3.5,
+    4,
+    5,
+    6,
+    7,
+    8,
+    10,
+    12,
+    15,
+    16,
+    20,
+    25,
+    30,
+    32,
+    40,
+    50,
+    64,
+    100,
+]  # that people use
 
 
 def look_at_loss(loss_fn: Callable, classes: int) -> list[tuple[str, bool]]:
@@ -21,7 +47,7 @@ def look_at_loss(loss_fn: Callable, classes: int) -> list[tuple[str, bool]]:
 
     Args:
         loss_fn: ``loss_fn(student_logits, teacher_logits, labels)``. Of one whose `temperature`, `alpha` and `beta` are
-            bound with functools.partial, the weight of the soft term is known; otherwise T = 4 is taken.
+            bound with functools.partial, the weight of the soft term is known. T is otherwise the one that fits best.
 
     Returns:
         What was seen, and whether it is odd.
@@ -30,7 +56,13 @@ def look_at_loss(loss_fn: Callable, classes: int) -> list[tuple[str, bool]]:
     student, teacher, other = (3 * torch.randn(8, classes, generator=generator, dtype=torch.float64) for _ in range(3))
     labels = torch.arange(8) % classes
     keywords = getattr(loss_fn, "keywords", {})
-    temperature = float(keywords.get("temperature", 4.0))
+    with warnings.catch_warnings(), contextlib.suppress(Exception):  # what it raises is looked at below
+        warnings.simplefilter("ignore")
+        try:
+            loss_fn(student, teacher, labels)
+        except RuntimeError:  # it may hold weights in single precision
+            loss_fn(student.float(), teacher.float(), labels)
+            student, teacher, other = (logits.float() for logits in (student, teacher, other))
 
     def gradients(loss: Callable) -> Tensor:
         z = student.clone().requires_grad_()
@@ -61,10 +93,11 @@ def look_at_loss(loss_fn: Callable, classes: int) -> list[tuple[str, bool]]:
         say("the teacher's logits change nothing: the soft term is missing or has no weight", True)
         return found
     if (off := _not_of_labels(hard, student, labels)) > 0.01:
-        text = f"if both have the same logits there is still a gradient ({off:.0%} of it not of the labels)"
-        say(f"{text}: T is not applied to both alike, or something else is added", True)
-    reference = gradients(_soft(temperature))
-    alike, scale = _compare(own, reference)
+        text = f"if both have the same logits there is still a gradient ({off:.0%} of it not of a plain cross-entropy)"
+        say(f"{text}: is T applied to both alike, and is what else is added meant?", True)
+    given = keywords.get("temperature")
+    temperature = max([float(given)] if given else TEMPERATURES, key=lambda T: _compare(own, gradients(_soft(T)))[0])
+    alike, scale = _compare(own, gradients(_soft(temperature)))
     if alike < 0.99:
         others = {
             "KL(student || teacher), the other way round": _reversed(temperature),

@@ -11,17 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdlib.checks.fits import check_fits
+from kdlib.checks.logits import FEWEST, check_finite, check_logits, examine
 from kdlib.checks.objective import look_at_loss
 from kdlib.data import Batch, Data, ImageSet, Targets
-from kdlib.evaluate import outputs_of
 from kdlib.models import build
 from kdlib.soft_labels import LiveTeacher, SoftLabels
 from kdlib.sources.order import canonical_order
-from kdlib.sources.teachers import check_logits, examine
 from kdlib.train import Recipe, train
 
 FEW = 10  # images of a class, below which its accuracy says little
 STEPS = 30  # of the trial training
+FAILS = "the network "  # how the message of check_fits begins
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def preflight(
 ) -> list[Finding]:
     """Look at what a distillation is made of, print what looks odd, and return all that was looked at.
 
-    Nothing that is given is changed, except that a teacher's mode is put back as it was. What is not given is not
-    looked at. It takes seconds: some hundred images, and a few steps of a copy of the student.
+    Nothing that is given is changed, except that a teacher's mode is put back as it was. What is not given is
+    skipped. It takes seconds: some hundred images, and a few steps of a copy of the student.
 
     Args:
         data: a data set, or its training images.
@@ -66,26 +67,24 @@ def preflight(
     findings = [*_of_data(data)]
     if teacher is None and isinstance(targets, LiveTeacher):
         teacher = targets.model
+    learns_from = LiveTeacher(teacher) if targets is None and teacher is not None and loss_fn is not None else targets
     if teacher is not None:
-        findings += _of_teacher(teacher, images)
+        labelled = images if (images.labels >= 0).any() or not isinstance(data, Data) else data.validation
+        findings += _of_teacher(teacher, labelled)
     model = None
     if student is not None:
         model = student if isinstance(student, nn.Module) else build(student, images.classes, images.channels, seed=0)
         model = copy.deepcopy(model)
         findings += _of_student(model, images, teacher, recipe)
-        if optimizer is not None:
-            own = student if isinstance(student, nn.Module) else None
-            findings += _of_optimizer(optimizer, own, teacher)
+    if optimizer is not None:
+        findings += _of_optimizer(optimizer, student if isinstance(student, nn.Module) else None, teacher)
     if targets is not None:
         findings += _of_targets(targets, images, recipe)
     if loss_fn is not None and (targets is not None or teacher is not None):
         findings += [Finding("loss", text, odd) for text, odd in look_at_loss(loss_fn, images.classes)]
-    if (
-        model is not None
-        and recipe is not None
-        and not any(f.odd and f.about in ("student", "targets") for f in findings)
-    ):
-        findings += _of_first_steps(model, images, loss_fn, recipe, targets, device)
+    broken = any(f.odd and (f.about == "targets" or f.text.startswith(FAILS)) for f in findings)
+    if model is not None and recipe is not None and not broken:
+        findings += _of_first_steps(model, images, loss_fn, recipe, learns_from, device)
     for finding in findings:
         print(finding)
     odd = sum(finding.odd for finding in findings)
@@ -113,10 +112,12 @@ def _of_data(data: Data | ImageSet) -> list[Finding]:
         flat = images.images.flatten(1)
         if blank := int((flat.amin(1) == flat.amax(1)).sum()):
             say(f"{_images(blank, split)} of one colour", True)
-    counts = train.labels[train.labels >= 0].cpu().bincount(minlength=train.classes)
-    least, most = int(counts.min()), int(counts.max())
-    say(f"the classes have {least} to {most} training images", least * 10 < most)
-    if unlabelled := int((train.labels < 0).sum()):
+    unlabelled = int((train.labels < 0).sum())
+    if unlabelled < len(train):
+        counts = train.labels[train.labels >= 0].cpu().bincount(minlength=train.classes)
+        least, most = int(counts.min()), int(counts.max())
+        say(f"the classes have {least} to {most} training images", least * 10 < most)
+    if unlabelled:
         say(f"{_images(unlabelled, 'training')} without a label: the loss needs alpha=0", False)
     seen = {name: set(canonical_order(s.images.cpu().numpy(), s.labels.cpu().numpy())[1]) for name, s in splits.items()}
     for split in splits:
@@ -137,34 +138,39 @@ def _images(count: int, split: str) -> str:
 
 def _of_teacher(teacher: nn.Module, images: ImageSet) -> list[Finding]:
     found = []
-    if teacher.training:
+    modes = {module: module.training for module in teacher.modules()}
+    if any(modes.values()):
         found.append(Finding("teacher", "it is in train mode: dropout and batch statistics change its logits", True))
-    was_training = teacher.training
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             examine(teacher.eval(), images)
         found += [Finding("teacher", str(warning.message), True) for warning in said]
         if not said:
-            found.append(Finding("teacher", "its logits are finite, and agree with most training labels", False))
+            enough = int((images.labels >= 0).sum()) >= FEWEST
+            agrees = "agree with most labels" if enough else "there are too few labels to compare with"
+            found.append(Finding("teacher", f"its logits are finite, and {agrees}", False))
     except ValueError as error:
         found.append(Finding("teacher", str(error), True))
     finally:
-        teacher.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     return found
 
 
 def _of_student(model: nn.Module, images: ImageSet, teacher: nn.Module | None, recipe: Recipe | None) -> list[Finding]:
     found = []
-    with torch.no_grad():
-        device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
-        shape = tuple(outputs_of(model.eval()(images.example.to(device))).shape)
-    right = shape == (1, images.classes)
-    found.append(Finding("student", f"its outputs are {shape} for one image, of {images.classes} classes", not right))
+    try:
+        check_fits(model, images)
+    except ValueError as error:
+        return [Finding("student", str(error), True)]
+    found.append(
+        Finding("student", f"it takes the images, and gives one logit for each of {images.classes} classes", False)
+    )
     if teacher is not None:
         sizes = [sum(weight.numel() for weight in network.parameters()) for network in (model, teacher)]
         found.append(
-            Finding("student", f"{sizes[0]:,} parameters, the teacher has {sizes[1]:,}", sizes[0] >= sizes[1] > 0)
+            Finding("student", f"{sizes[0]:,} parameters, the teacher has {sizes[1]:,}", sizes[0] > sizes[1] > 0)
         )
     if recipe is not None:
         steps = recipe.epochs * max(1, len(images) // min(recipe.batch_size, len(images)))
@@ -197,6 +203,8 @@ def _of_targets(targets: Callable, images: ImageSet, recipe: Recipe | None) -> l
     try:
         if isinstance(targets, SoftLabels):
             targets.check(images, recipe)
+            for view, logits in enumerate(targets.logits):
+                check_finite(logits, images, view)
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 check_logits(targets.logits[0].float(), images)
@@ -224,7 +232,7 @@ def _of_first_steps(
     targets: Callable | None,
     device: str | torch.device,
 ) -> list[Finding]:
-    """A few steps of a copy of the student, on a few images again and again: the loss must fall."""
+    """A few steps on a few images again and again: the loss must fall, and further than at a tenth of the rate."""
     size = min(recipe.batch_size, len(images))
     few = replace(images, images=images.images[:size], labels=images.labels[:size])
     if isinstance(targets, SoftLabels):
@@ -232,12 +240,18 @@ def _of_first_steps(
     elif isinstance(targets, LiveTeacher):  # training puts its model into eval mode, and moves it
         targets = LiveTeacher(copy.deepcopy(targets.model))
     trial = replace(recipe, epochs=STEPS, batch_size=size, mixup=0.0, cutout=0)
-    loss_fn = loss_fn or F.cross_entropy
+    loss_fn, losses = loss_fn or F.cross_entropy, []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            losses = train(model, few, loss_fn, trial, targets=targets, device=device, progress=False).loss
-    except (ValueError, TypeError, FloatingPointError, RuntimeError) as error:
+            for rate in (recipe.learning_rate, recipe.learning_rate / 10):
+                once, own = replace(trial, learning_rate=rate), copy.deepcopy(model)
+                losses.append(train(own, few, loss_fn, once, targets=targets, device=device, progress=False).loss)
+    except (ValueError, TypeError, AttributeError, FloatingPointError, RuntimeError) as error:
         return [Finding("first steps", str(error), True)]
-    text = f"in {STEPS} steps on one batch the loss goes from {losses[0]:.3g} to {losses[-1]:.3g}"
-    return [Finding("first steps", text, not losses[-1] < losses[0])]
+    (first, *_, last), (*_, slower) = losses
+    text = f"in {STEPS} steps on one batch the loss goes from {first:.3g} to {last:.3g}"
+    if last > 0.1 * first and slower < 0.9 * last:
+        return [Finding("first steps", f"{text}, and to {slower:.3g} at a tenth of the learning rate: lower it", True)]
+    hardly = last > 0.9 * first
+    return [Finding("first steps", f"{text}: raise the learning rate" if hardly else text, hardly)]

@@ -51,7 +51,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             wanted = [*ARRAYS, *(pairs if set(pairs) & set(arrays) else [])]
             if missing := [name for name in wanted if name not in arrays]:
                 raise ValueError(f"it has no {', '.join(missing)}, but {', '.join(stored.files) or 'nothing'}")
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError) as error:
         raise ValueError(
             f"{path} is not a data set ({error}): expected an .npz file with the arrays {', '.join(ARRAYS)} and "
             "class_names, none of them of Python objects; if it was cut off, delete it and let it be made again"
@@ -143,6 +143,12 @@ def _one_hot(array: np.ndarray) -> str:
 
 def _class_names(names: np.ndarray | None, labels: list[np.ndarray], where: str) -> np.ndarray:
     """The classes' names (K,) as strings; without any, their numbers, as far as labels go."""
+    images = sum(map(len, labels))
+    if names is None and (most := int(max(own.max() for own in labels))) >= images:
+        raise ValueError(
+            f"{where}: a label is {most:,}, and there are {images:,} images: expected classes numbered from 0, "
+            "each with images"
+        )
     if names is None:
         return np.array([str(k) for k in range(int(max(own.max() for own in labels)) + 1)])
     if names.ndim != 1 or names.dtype.kind not in "US" or not names.size:
@@ -150,7 +156,10 @@ def _class_names(names: np.ndarray | None, labels: list[np.ndarray], where: str)
             f"{where}: class_names is {names.dtype} {names.shape}, expected str (K,), one name per class; save the "
             "file again with this array, or without it"
         )
-    names = np.char.decode(names, "utf-8") if names.dtype.kind == "S" else names
+    try:
+        names = np.char.decode(names, "utf-8") if names.dtype.kind == "S" else names
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: class_names are bytes that are no UTF-8 ({error}): save them as str") from error
     if len(set(names.tolist())) < len(names):
         twice = next(name for name in names.tolist() if names.tolist().count(name) > 1)
         raise ValueError(f"{where}: class_names has {twice!r} twice: expected a name of its own for each class")

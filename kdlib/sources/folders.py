@@ -6,6 +6,7 @@ A folder that holds the classes' folders and nothing else is read as training im
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,7 +111,7 @@ def _pictures(folder: Path, skipped: Counter) -> list[tuple[Path, str | None]]:
         _met(above, seen)
     found = [(file, None) for file in _files(folder, skipped, seen, deep=False)]
     for one in classes:
-        found += [(file, one.name) for file in _files(one, skipped, seen)]
+        found += [(file, _name(one)) for file in _files(one, skipped, seen)]
     return found
 
 
@@ -136,6 +137,11 @@ def _files(folder: Path, skipped: Counter, seen: set[tuple[int, int]], deep: boo
             yield entry
 
 
+def _name(folder: Path) -> str:
+    """The name of a class: é may be one letter or two, as the system that wrote the folder liked."""
+    return unicodedata.normalize("NFC", folder.name)
+
+
 def _hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name == "__MACOSX"
 
@@ -153,7 +159,7 @@ def _met(path: Path, seen: set[tuple[int, int]]) -> bool:
 def _class_names(path: Path, folders: dict[str, Path], files: dict[str, list]) -> list[str]:
     """The names of the classes, in order: the same in every split, each with pictures. ``train/`` may have none."""
     in_split = {
-        split: sorted(f.name for f in folder.iterdir() if f.is_dir() and not _hidden(f))
+        split: sorted(_name(f) for f in folder.iterdir() if f.is_dir() and not _hidden(f))
         for split, folder in folders.items()
     }
     names = in_split["train"] or in_split.get("test", [])

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kdlib.sources.arrays import CHANNELS
-from kdlib.sources.pictures import GREY, MANY, Kind, check_depth, from_floats, from_pil, resized
+from kdlib.sources.pictures import GREY, MANY, Kind, check_depth, from_floats, from_pil, on_white, resized
 from kdlib.train import progress_bar
 
 IMAGE_KEYS = ("image", "img", "pixel_values", "images")
@@ -45,8 +45,9 @@ def read_indexed(dataset: Any, where: str, size: int | None = None) -> tuple[np.
                 image, label = _pair(dataset[k])
                 pixels, kind = _pixels(image, size)
                 labels[k] = _label(label)
-            except ValueError as error:
-                raise ValueError(f"{where}[{k}]: {error}") from error
+            except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
+                reason = f"there is no {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"{where}[{k}]: {reason}") from error
             images = np.empty((len(dataset), *pixels.shape), np.uint8) if images is None else images
             if {images.shape[3], pixels.shape[2]} == {1, 3}:  # grey pictures among those in colour
                 images, pixels = (x if x.shape[-1] == 3 else np.repeat(x, 3, axis=-1) for x in (images, pixels))
@@ -67,7 +68,51 @@ def names_of(dataset: Any) -> Sequence[str] | None:
     features = getattr(dataset, "features", None)
     if isinstance(features, Mapping):
         return next((features[key].names for key in LABEL_KEYS if hasattr(features.get(key), "names")), None)
-    return getattr(dataset, "classes", None)
+    names = getattr(dataset, "classes", None)
+    return names if isinstance(names, Mapping) or (hasattr(names, "__len__") and not isinstance(names, str)) else None
+
+
+def in_order(names: Sequence[str] | Mapping, where: str) -> list[str]:
+    """The names of classes in the order of their numbers: of a sequence, or of a mapping from or to the number."""
+    if isinstance(names, Mapping):
+        if not all(hasattr(number, "__index__") for number in names):
+            names = {number: name for name, number in names.items()}
+        if sorted(names) != list(range(len(names))):
+            raise ValueError(f"{where}: the classes are numbered {sorted(names)[:6]}: expected 0 to {len(names) - 1}")
+        names = [names[number] for number in range(len(names))]
+    return [str(name) for name in names]
+
+
+def common_names(splits: Mapping[str, Any], where: str) -> list[str] | None:
+    """The names of the classes that data sets tell; None if none does.
+
+    Raises:
+        ValueError: two of them number their classes differently: the same label would mean two classes.
+    """
+    told = {split: in_order(found, where) for split, one in splits.items() if (found := names_of(one)) is not None}
+    if not told:
+        return None
+    first, names = next(iter(told.items()))
+    for split, own in told.items():
+        if own != names:
+            k = next((k for k, (a, b) in enumerate(zip(names, own, strict=False)) if a != b), min(len(names), len(own)))
+            a, b = (listed[k] if k < len(listed) else "nothing" for listed in (names, own))
+            raise ValueError(
+                f"{where}: class {k} is {a!r} in {first} and {b!r} in {split}: expected the same classes in the same "
+                "order; renumber the labels, or give class_names if the data sets name them wrongly"
+            )
+    return names
+
+
+def alike(arrays: dict[str, np.ndarray]) -> None:
+    """Give all splits three channels if theirs differ, in place; what is transparent becomes white."""
+    names = [name for name in arrays if name.endswith("_images")]
+    if len({arrays[name].shape[3] for name in names}) > 1:
+        for name in names:
+            if arrays[name].shape[3] == 4:
+                arrays[name] = on_white(arrays[name])
+            elif arrays[name].shape[3] == 1:
+                arrays[name] = np.repeat(arrays[name], 3, axis=3)
 
 
 def _pair(item: Any) -> tuple[Any, Any]:
@@ -86,7 +131,7 @@ def _label(label: Any) -> int:
         return -1
     with contextlib.suppress(AttributeError, ValueError, RuntimeError):  # of NumPy and PyTorch; not of one element
         label = label.item()
-    if isinstance(label, bool) or not isinstance(label, (int, float)) or label != int(label):
+    if isinstance(label, bool) or not isinstance(label, (int, float)) or not float(label).is_integer():
         raise ValueError(f"its label is {label!r}: expected a whole number, the number of its class")
     return int(label)
 

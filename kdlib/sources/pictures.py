@@ -46,9 +46,19 @@ def read_picture(path: Path, size: int | None = None) -> tuple[np.ndarray, Kind]
             with Image.open(path) as picture:
                 frames = getattr(picture, "n_frames", 1)
                 pixels, kind = from_pil(picture, size)
+                if picture.mode == "RGB" and _bits(path, picture) == 16:  # PIL keeps the upper eight
+                    kind = kind._replace(mode="RGB;16", highest=256 * int(pixels.max()) + 255)
     except Exception as error:  # PIL raises a dozen kinds for damaged files
         raise ValueError(f"{path} is not an image that can be read ({error}): replace or remove it") from error
     return pixels, kind._replace(frames=frames)
+
+
+def _bits(path: Path, picture) -> int:
+    """Bits per channel in the file, which PIL does not tell of pictures in colour."""
+    if picture.format == "PNG":
+        with open(path, "rb") as file:
+            return file.read(25)[24]
+    return max(np.atleast_1d(getattr(picture, "tag_v2", {}).get(258, 8)))  # TIFF's BitsPerSample
 
 
 def from_pil(picture, size: int | None = None) -> tuple[np.ndarray, Kind]:
@@ -66,6 +76,8 @@ def from_pil(picture, size: int | None = None) -> tuple[np.ndarray, Kind]:
         kind, pixels = kind._replace(highest=int(values.max())), np.round(values / 257).astype(np.uint8)
     elif picture.mode == "F":
         pixels = from_floats(np.asarray(picture))
+    elif picture.mode in ("1", "L", "RGB") and "transparency" in picture.info:  # one colour stands for none
+        pixels = on_white(np.asarray(picture.convert("RGBA")))
     elif picture.mode in ("1", "L"):
         pixels = np.asarray(picture.convert("L"))
     elif picture.mode in COLOURS:
@@ -82,15 +94,30 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
     """Images (N, H, W, C) uint8 with their shorter side resized to `size` pixels, and a square cut from the centre."""
     from torchvision.transforms.v2 import functional
 
+    height, width = images.shape[1:3]
+    most = 8 * min(height, width)  # of a picture that is a line, most is cut off at once: resized it might be huge
+    top, left = max(0, height - most) // 2, max(0, width - most) // 2
+    images = images[:, top : top + most, left : left + most]
     channels_first = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
     square = functional.center_crop(functional.resize(channels_first, [size], antialias=True), [size, size])
     return square.permute(0, 2, 3, 1).contiguous().numpy()
 
 
+def all_resized(images: np.ndarray, size: int) -> np.ndarray:
+    """The same image by image, so that no second copy of all of them is needed."""
+    made = np.empty((len(images), size, size, images.shape[3]), np.uint8)
+    for k, one in enumerate(images):
+        made[k] = resized(one[None], size)[0]
+    return made
+
+
 def on_white(pixels: np.ndarray) -> np.ndarray:
-    """Pixels (..., 4) uint8 with their transparency as (..., 3), laid on white."""
-    opacity = pixels[..., 3:].astype(np.float32) / 255
-    return np.round(pixels[..., :3] * opacity + 255 * (1 - opacity)).astype(np.uint8)
+    """Pixels (N, ..., 4) uint8 with their transparency as (N, ..., 3), laid on white."""
+    made = np.empty((*pixels.shape[:-1], 3), np.uint8)
+    for k, part in enumerate(pixels):  # rows or images, since floats take four times the memory
+        opacity = part[..., 3:].astype(np.float32) / 255
+        made[k] = np.round(part[..., :3] * opacity + 255 * (1 - opacity)).astype(np.uint8)
+    return made
 
 
 def from_floats(values: np.ndarray) -> np.ndarray:

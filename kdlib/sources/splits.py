@@ -65,11 +65,23 @@ def check_complete(rows: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarr
         counts = np.bincount(labels[labels >= 0], minlength=len(arrays["class_names"]))
         if split == "train" and (labels < 0).any():
             continue
-        if missing := [str(arrays["class_names"][c]) for c in np.flatnonzero(counts == 0)]:
+        held_out = sum(f"{s}_labels" not in arrays for s in ("validation", "test"))
+        if split == "validation" and held_out and (arrays["train_labels"] < 0).all():
             raise ValueError(
-                f"{name}: class {missing[0]!r} has no {split} image{_and_others(missing)}. Expected training, "
-                "validation and test images of every class: add some, or leave the class out. (For a split "
-                "that is held out of the training images, a class needs one training image more.)"
+                f"{name}: no training image has a label, so none can be held out for validation: expected validation "
+                "images with labels, in a folder val/ with the classes' folders or an array validation_images"
+            )
+        if missing := [str(arrays["class_names"][c]) for c in np.flatnonzero(counts == 0)]:
+            left = " left" if split == "train" and held_out else ""
+            needs = f" A class needs {held_out + 1} of them, since {held_out} will be held out." if held_out else ""
+            raise ValueError(
+                f"{name}: class {missing[0]!r} has no {split} image{left}{_and_others(missing)}. Expected training, "
+                f"validation and test images of every class: add training images, or leave the class out.{needs}"
+                + (
+                    " Are the classes numbered from 1? Expected 0."
+                    if np.flatnonzero(counts == 0).tolist() == [0]
+                    else ""
+                )
             )
 
 
