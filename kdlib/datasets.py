@@ -6,7 +6,6 @@ its images' bytes, so that index i is the same image on every machine, and publi
 
 from __future__ import annotations
 
-import operator
 import os
 import warnings
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from kdlib.sources.folders import read_folder
 from kdlib.sources.indexed import alike, common_names, in_order, read_indexed
 from kdlib.sources.known import DATA_SETS, OWN
 from kdlib.sources.order import put_in_order
-from kdlib.sources.pictures import all_resized
+from kdlib.sources.pictures import all_resized, whole_number
 from kdlib.sources.splits import Part, check_complete, described, part_of, split_rows, within
 
 
@@ -65,7 +64,7 @@ def load_data(
             does not hold a data set.
         FileNotFoundError: a set that is not there and could not be downloaded.
     """
-    size = _whole("size", size, 2)
+    size = whole_number("size", size, 2)
     if isinstance(name, str) and name in DATA_SETS:
         label, arrays, source, remarks = name, _read_stored(name), DATA_SETS[name], []
     else:
@@ -99,7 +98,7 @@ def from_dataset(
         TypeError: a data set without length or index.
         ValueError: as for :func:`load_data`; of an item, the message names its index.
     """
-    size = _whole("size", size, 2)
+    size = whole_number("size", size, 2)
     arrays: dict[str, np.ndarray] = {}
     for split, dataset in {"train": train, "validation": validation, "test": test}.items():
         if dataset is not None:
@@ -127,7 +126,7 @@ def _split(label, arrays, source, remarks, *, limit, size, padding, flip) -> Dat
     if limit is not None:
         rows = within(limit, rows, arrays, label)
     height, width = arrays["train_images"].shape[1:3]
-    padding = _whole("padding", padding, 0, most=min(height, width) // 4)
+    padding = whole_number("padding", padding, 0, most=min(height, width) // 4)
     if padding is None:
         padding = min(min(height, width) // 8, 4) if source.padding is None else source.padding
     if flip is not None and flip not in (0, 1):
@@ -142,20 +141,6 @@ def _split(label, arrays, source, remarks, *, limit, size, padding, flip) -> Dat
             f"{label}/{split}", torch.from_numpy(images), torch.from_numpy(labels), class_names, **shared
         )
     return Data(**splits)
-
-
-def _whole(name: str, value: Any, least: int, most: int | None = None) -> int | None:
-    """A whole number, of Python's or NumPy's kind, within bounds; None stays None."""
-    if value is None:
-        return None
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < least or (most is not None and number > most):
-        bound = f"from {least} to {most}, a quarter of the shorter side" if most is not None else f"of at least {least}"
-        raise ValueError(f"{name} is {value!r}: expected a whole number of pixels {bound}")
-    return number
 
 
 def _read_own(name: str | os.PathLike, size: int | None) -> tuple[str, dict[str, np.ndarray], list[str]]:

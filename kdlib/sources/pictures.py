@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import stat
 import warnings
 from pathlib import Path
@@ -142,3 +143,17 @@ def check_depth(kinds: dict[Kind, int] | list[Kind], where: str) -> None:
             f"{where}: the 16-bit pictures have no value above {highest:,}, expected the range to 65,535; scale them "
             "to it, or save them with 8 bits"
         )
+
+
+def whole_number(name: str, value: object, least: int, most: int | None = None) -> int | None:
+    """A whole number, of Python's or NumPy's kind, within bounds; None stays None."""
+    if value is None:
+        return None
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least or (most is not None and number > most):
+        bound = f"from {least} to {most}, a quarter of the shorter side" if most is not None else f"of at least {least}"
+        raise ValueError(f"{name} is {value!r}: expected a whole number of pixels {bound}")
+    return number

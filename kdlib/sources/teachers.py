@@ -14,6 +14,7 @@ from kdlib.checks.logits import examine, warn_of_probabilities
 from kdlib.data import Data, ImageSet
 from kdlib.evaluate import outputs_of
 from kdlib.records.artefacts import did_you_mean
+from kdlib.sources.pictures import whole_number
 from kdlib.sources.weights import weights_for
 
 OUTPUTS = ("logits", "probabilities")
@@ -100,8 +101,7 @@ def adapt_teacher(
     mean, std = _per_channel("mean", mean, data, least=0.0), _per_channel("std", std, data, least=1e-6)
     if (mean is None) != (std is None):
         raise ValueError("expected mean and std both, or neither")
-    if size is not None and (isinstance(size, bool) or not hasattr(size, "__index__") or size < 1):
-        raise ValueError(f"size is {size!r}: expected a whole number of pixels, the side of the images")
+    size = whole_number("size", size, 1)
     if weights is not None:
         network.load_state_dict(weights_for(network, weights))
     columns, width = _columns(classes, data)
