@@ -35,7 +35,7 @@ class FromPixels(nn.Module):
         self.register_buffer("shift", -mean / std)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        images = pixels.permute(0, 3, 1, 2).to(self.scale.dtype)
+        images = pixels.to(self.scale.dtype).permute(0, 3, 1, 2)  # TensorRT wants uint8 cast before anything else
         return outputs_of(self.network(images * self.scale + self.shift)).float()
 
 

@@ -13,8 +13,11 @@ from torch import nn
 
 from kdlib.datasets import load_data
 from kdlib.deploy.export import FromPixels, OnnxModel
+from kdlib.evaluate import load_results
 from kdlib.models import NETWORKS, build
+from kdlib.profiles import Profile
 from kdlib.records import artefacts
+from kdlib.records.fetch import clone_folder, published_file
 from kdlib.sources.known import DATA_SETS
 from kdlib.sources.pictures import read_picture, resized
 
@@ -113,3 +116,24 @@ def predict(
         with torch.no_grad():
             logits = FromPixels(saved.model, saved.format["mean"], saved.format["std"])(torch.from_numpy(pixels))
     return (logits / (temperature or told)).softmax(1), names
+
+
+def published_student(settings: Profile, network: str, seed: int) -> nn.Module:
+    """The distilled student whose weights the repository holds, in eval mode.
+
+    Raises:
+        FileNotFoundError: nothing is published at this profile, or it cannot be fetched.
+    """
+    name = settings.file("distilled", network, seed)
+    path = published_file(settings.name, name, artefacts.base_folder(settings.folder))
+    return load_saved(path, network=network, dataset=settings.dataset).model
+
+
+def reported_accuracy(settings: Profile, role: str, network: str) -> list[float]:
+    """The test accuracies in the published ``results.json``, one per seed; none without a clone of the repository."""
+    clone = clone_folder()
+    path = clone and clone / "book" / "published" / settings.name / "results.json"
+    if path is None or not path.exists():
+        return []
+    runs = load_results(path)["runs"]
+    return next((run["accuracy"] for run in runs if (run["role"], run["network"]) == (role, network)), [])

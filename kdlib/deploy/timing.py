@@ -8,18 +8,26 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int = 20, seconds: float = 0.02) -> dict:
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int = 20, seconds: float = 0.02, at_most: float = 60
+) -> dict[str, float]:
     """Median milliseconds of each call, measured in rounds: in every round each is called for `seconds` in turn.
 
+    Args:
+        at_most: seconds after which no further round begins, once there have been three; the first one warms up.
+
     Returns:
-        The median over the rounds by name, each round being the mean of its calls; the first two rounds warm up.
+        The median over the rounds by name, each round being the mean of its calls.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 2):
+    begin = time.perf_counter()
+    for done in range(rounds + 1):
+        if done > 3 and time.perf_counter() - begin > at_most:
+            break
         for name, call in calls.items():
             start, count = time.perf_counter(), 0
             while count == 0 or time.perf_counter() - start < seconds:
                 call()
                 count += 1
             times[name].append((time.perf_counter() - start) / count)
-    return {name: 1000 * float(np.median(own[2:])) for name, own in times.items()}
+    return {name: 1000 * float(np.median(own[1:])) for name, own in times.items()}
