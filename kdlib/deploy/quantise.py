@@ -113,8 +113,7 @@ def rounded(model: nn.Module, data: ImageSet, images: int = 200) -> nn.Module:
 
 
 def plain(network: nn.Module) -> nn.Module:
-    """The network that :func:`rounded` made, without the rounding: to be exported, and rounded by the runtime."""
-    network = copy.deepcopy(network)
+    """Take the rounding out of a network that :func:`rounded` made, in place: it will be exported, and then rounded."""
     for layer in network.modules():
         if isinstance(layer, ROUNDED):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
