@@ -61,7 +61,8 @@ def keep_run(profile: profiles.Profile, folder: Path) -> None:
         content = io.BytesIO()  # not a file, whose name torch.save would write into it
         torch.save(model.half().state_dict(), content)
         own = records[file]["provenance"] | {"commit": commit}
-        keep(folder / file, content.getvalue(), made_from[file], own, precision="half")
+        more = {"precision": "half", "format": data.train.format}
+        keep(folder / file, content.getvalue(), made_from[file], own, **more)
 
     about = {
         file: {
