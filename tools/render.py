@@ -12,6 +12,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import live
 import nbformat
 import yaml
 from nbformat import NotebookNode
@@ -50,6 +51,7 @@ def render(folder: Path, notebooks: dict[str, NotebookNode], *, strict: bool) ->
         raise Failed(f"rendering {source} failed:\n{said}")
     if outcome.stderr:
         print(said)
+    live.install(folder / "_build" / "html")
     return folder / "_build" / "html" / "index.html"
 
 
