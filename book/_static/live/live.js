@@ -54,7 +54,7 @@
   // Returns the element and a function that fills it: show({network: [p, …]}, {mark: row, note: "label"}).
   live.probabilities = (caption, classes, networks) => {
     const { make } = live;
-    const cells = networks.map(() => classes.map(() => make("td")));
+    const cells = networks.map(() => classes.map(() => make("td", {}, make("span"))));
     const heads = networks.map((name, k) => make("th", { scope: "col", class: `live-of-${k}` }, name));
     const rows = classes.map((name, c) => {
       const head = make("th", { scope: "row" }, name);
@@ -71,7 +71,7 @@
       columns.forEach((probabilities, k) => {
         const best = probabilities && live.argmax(probabilities);
         cells[k].forEach((cell, c) => {
-          cell.textContent = probabilities ? live.percent(probabilities[c]) : "–";
+          cell.firstChild.textContent = probabilities ? live.percent(probabilities[c]) : "–";
           cell.style.setProperty("--share", probabilities ? probabilities[c] : 0);
           cell.className = `live-of-${k}${c === best ? " live-best" : ""}`;
         });

@@ -84,12 +84,14 @@
       paint(canvas, values);
       return { canvas, values, name: `a test image of a ${label}` };
     });
-    const picker = live.picker("Or take a test image of MNIST", samples.length, samples, (k) => {
+    const picker = live.picker("… or take a test image of MNIST", samples.length / 2, samples, take);
+
+    function take(k) {
       pixels = samples[k].values;
       pen.imageSmoothingEnabled = false;
       pen.drawImage(samples[k].canvas, 0, 0, PAD, PAD);
       show();
-    });
+    }
 
     function show() {
       const b = raise.checked ? data.bias : 0;
@@ -143,6 +145,7 @@
     const left = make(
       "div",
       { class: "live-picture" },
+      make("p", { class: "live-title" }, "Draw a digit"),
       pad,
       make("div", { class: "live-under" }, clear, seen, make("small", {}, "what the network sees")),
     );
@@ -150,9 +153,11 @@
       "p",
       { class: "live-toggle" },
       raise,
-      make("label", { for: raise.id }, ` raise the bias of the ${digit} by ${data.bias}`),
+      make("label", { for: raise.id }, `Raise the bias of the ${digit} by ${data.bias}`),
     );
-    empty();
+    const first = data.labels.indexOf(digit);
+    picker.select(first);
+    take(first);
     return [make("div", { class: "live-body" }, left, table.table), picker.element, toggle, said.element, figures];
   };
 })();

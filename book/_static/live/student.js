@@ -6,7 +6,7 @@
 
   async function open() {
     const runtime = await import(`${live.folder}ort.wasm.bundle.min.mjs`);
-    runtime.env.wasm.wasmPaths = live.folder;
+    runtime.env.wasm.wasmPaths = { wasm: `${live.folder}ort-wasm-simd-threaded.wasm` };
     runtime.env.wasm.numThreads = 1; // several would need headers that a plain web server does not send
     const opened = await runtime.InferenceSession.create(`${live.folder}student_cnn.onnx`);
     return async (pixels, shape) => {
