@@ -1,5 +1,6 @@
 """What the unit tests share: folders of their own, no GPU, and image sets small enough to train on in a blink."""
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels for a GPU run here too; read when torchvision imports Triton
+
+from workshop import copy_book, start
 
 from kdlib import build
 from kdlib.data import ImageSet
@@ -25,6 +28,21 @@ def isolated(monkeypatch, tmp_path):
     monkeypatch.setenv("KDLIB_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.delenv("KDLIB_PROFILE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="session")
+def rendered(tmp_path_factory) -> Path:
+    """The folder of the book's site as it is committed, rendered once for all workers of a test session."""
+    base = tmp_path_factory.getbasetemp()
+    tree = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "rendered"
+    tree.mkdir(exist_ok=True)
+    with (tree / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (tree / "done").exists():
+            done = start(copy_book(tree), "tools/book.py", "site")
+            assert done.returncode == 0, done.stderr
+            (tree / "done").touch()
+    return tree / "runs" / "site" / "_build" / "html"
 
 
 def make_images(

@@ -30,9 +30,12 @@ def copy_tree(folder: Path) -> Path:
 
 
 def copy_book(folder: Path) -> Path:
-    """The book and all that it needs, in `folder`."""
+    """The book and all that it needs, in `folder`; what npm fetches for the site is fetched once for all copies."""
     copy_tree(folder)
     shutil.copytree(ROOT / "book", folder / "book", ignore=shutil.ignore_patterns(".*", "outputs"))
+    (folder / "runs").mkdir()
+    (ROOT / "runs" / "live").mkdir(parents=True, exist_ok=True)
+    (folder / "runs" / "live").symlink_to(ROOT / "runs" / "live")
     return folder
 
 

@@ -1,6 +1,6 @@
 """What a reader can touch on the pages: its data, and the student that runs in the browser.
 
-    python tools/live.py data      # writes book/_static/live/: recorded logits of some images, the network of the digit pad
+    python tools/live.py data      # writes book/_static/live/: recorded logits, the network of the digit pad (3 min)
 
 The data files are committed. ``tools/render.py`` calls :func:`install` after each build: it adds the student as an ONNX
 file and ONNX Runtime Web to the site. Without npm or a network the site lacks these two, and its pages say so.
@@ -31,8 +31,8 @@ from torch import Tensor, nn
 import kdlib
 from kdlib import evaluate, plots, published
 from kdlib.records import artefacts
-from kdlib.sources.splits import Part
 from kdlib.soft_labels import generate
+from kdlib.sources.splits import Part
 
 FOLDER = BOOK / "_static" / "live"
 STUDENT = BOOK / "published" / "full" / "student_cnn.pth"
@@ -143,8 +143,8 @@ def digit_network() -> dict:
     """A perceptron that learned MNIST from a teacher's soft labels of every digit but one, in 8 bits.
 
     As in chapter 07 the teacher has seen all ten digits, the student is given no label, and the number that is added to
-    the missing digit's logit comes from its share of all digits, on validation images, without a label. Unlike there the
-    student sees shifted images, since nobody draws a digit in the middle.
+    the missing digit's logit comes from its share of all digits, on validation images, without a label. Unlike there,
+    the student sees shifted images, since nobody draws a digit exactly in the middle.
     """
     train, validation, test = kdlib.load_data("mnist", limit=Part(20_000))
     recipe = kdlib.Recipe(epochs=6, batch_size=50, learning_rate=0.05)
@@ -192,7 +192,7 @@ def in_8_bits(layer: nn.Linear) -> dict:
 
 
 def measured(predicted: Tensor, labels: Tensor) -> dict:
-    """Shares of the test images: of the missing digit's that are recognised, and of all that are classified correctly."""
+    """Shares of the test images that are classified correctly: of the missing digit, and of all."""
     correct = (predicted == labels).double()
     return {"digit": round(correct[labels == DIGIT].mean().item(), 4), "all": round(correct.mean().item(), 4)}
 
