@@ -78,6 +78,7 @@ def visit(chromium, address):
             return route.abort()
 
         context.route("**/*", only_here)
+        context.add_init_script("localStorage.mode ||= localStorage.theme ||= 'light'")  # else the theme complains
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
