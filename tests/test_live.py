@@ -334,6 +334,18 @@ def test_a_site_without_the_runtime_says_so(visit, address, live):
     assert "built without it" in seen.place.locator(".live-student").inner_text()
 
 
+@in_a_browser
+def test_a_page_may_unfold_the_student(visit, rendered):
+    seen = visit(TAUGHT[0])
+    assert seen.place.locator(".live-student").get_attribute("open") is None
+    html = (rendered / TAUGHT[0]).read_text(encoding="utf-8")
+    unfolded = html.replace('data-live="student"', 'data-live="student" data-open=""')
+    seen.page.route("**/intro.html", lambda route: route.fulfill(body=unfolded, content_type="text/html"))
+    seen.page.reload(wait_until="load")
+    seen.place.wait_for()
+    assert seen.place.locator(".live-student p").first.is_visible()
+
+
 # --- the digit pad -------------------------------------------------------------------------------------------------
 
 
@@ -372,6 +384,7 @@ def test_a_digit_is_chosen_with_the_keyboard(visit, digits):
     place.get_by_label("Raise the bias of the 3").check()
     assert close(shown(place), perceptron(digits, image, digits["bias"]))
     assert f"{100 * digits['test'][1]['digit']:.1f} % of the 3s" in place.locator(".live-figures").inner_text()
+    assert len({inputs.nth(k).get_attribute("aria-label") for k in range(inputs.count())}) == inputs.count()
     assert "3 never seen" in place.locator(".live-label").inner_text()
     sync_api.expect(place.locator(".live-said[aria-live=polite]")).to_contain_text("The network says 9")
 

@@ -45,7 +45,7 @@
     });
   }
 
-  async function widget(withStudent) {
+  async function widget({ withStudent, open = false }) {
     const data = live.cifar10;
     const names = data.class_names;
     const size = data.shape[0];
@@ -71,16 +71,17 @@
       const softened = logits.map((z) => z && live.softmax(z, state.T));
       table.show(softened, label);
       large.getContext("2d").drawImage(state.own ?? canvases[state.image], 0, 0);
-      const what = state.own ? "your picture" : `a ${names[label]}`;
-      large.setAttribute("aria-label", state.own ? "your picture, as the student sees it" : `picture of ${what}`);
-      title.replaceChildren(...(state.own ? ["Your picture"] : ["Label: ", make("strong", {}, names[label])]));
+      large.setAttribute("aria-label", state.own ? "your picture" : `picture of a ${names[label]}`);
+      const told = state.own ? ["As the student sees it"] : ["Label: ", make("strong", {}, names[label])];
+      title.replaceChildren(...told);
       const sentence = (who, p) => `the ${who} gives ${names[live.argmax(p)]} ${live.percent(Math.max(...p))}`;
       const parts = ["teacher", "student"].flatMap((who, k) => (softened[k] ? [sentence(who, softened[k])] : []));
       said.say(`T = ${state.T}: ${parts.join(", ")}.`);
     }
 
     const picker = live.picker(
-      "Test images of CIFAR-10, a column per class: the first two that the student gets right, and the first that it gets wrong",
+      "Test images of CIFAR-10, a column per class: the first two that the student gets right, " +
+        "and the first that it gets wrong",
       data.columns,
       canvases.map((canvas, k) => ({ canvas, name: words[k] })),
       (k) => choose(k),
@@ -91,7 +92,7 @@
     });
     const student =
       withStudent &&
-      live.student({ data, own, ready: () => choose(state.image), column: (text) => table.name(1, text) });
+      live.student({ data, open, own, ready: () => choose(state.image), column: (text) => table.name(1, text) });
 
     async function choose(k) {
       Object.assign(state, { image: k, own: null, computed: null });
@@ -120,6 +121,6 @@
     return [picker.element, temperature.element, body, said.element, ...(student ? [student.element] : [])];
   }
 
-  live.widgets.temperature = () => widget(false);
-  live.widgets.student = () => widget(true);
+  live.widgets.temperature = () => widget({ withStudent: false });
+  live.widgets.student = (settings) => widget({ withStudent: true, open: "open" in settings });
 })();

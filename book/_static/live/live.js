@@ -1,5 +1,14 @@
-// What a reader can touch. A page loads this file where it has a <div class="live" data-live="…">; the div's content,
-// which is there without JavaScript, makes room for the widget of that name. No framework, and nothing from elsewhere.
+// What a reader can touch. A page has, in Markdown, with empty lines around what is there without JavaScript:
+//
+//   <link rel="stylesheet" href="../_static/live/live.css">
+//   <div class="live" data-live="temperature">   or "digits", or "student", perhaps with data-open, which unfolds it
+//
+//   ![A picture](_static/live/temperature.png)
+//
+//   </div>
+//   <script src="../_static/live/live.js" defer></script>
+//
+// The widget of that name takes the place of the div's content. No framework, and nothing from elsewhere.
 (() => {
   "use strict";
   if (window.live) return; // a page may have several such divs, each with a script element
@@ -119,7 +128,7 @@
   async function mount(place) {
     const name = place.dataset.live;
     for (const script of needs[name]) await live.script(script);
-    place.replaceChildren(...(await live.widgets[name]()));
+    place.replaceChildren(...(await live.widgets[name](place.dataset)));
     place.classList.add("live-ready");
   }
   for (const place of document.querySelectorAll("div.live[data-live]")) mount(place);

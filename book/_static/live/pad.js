@@ -66,10 +66,10 @@
     const pad = live.canvas(PAD, {
       class: "live-pad",
       role: "img",
-      "aria-label": `Pad to draw a digit on with a mouse or a finger. With a keyboard, choose one of the images below.`,
+      "aria-label": "Pad to draw a digit on with a mouse or a finger. With a keyboard, choose one of the images below.",
     });
     const pen = pad.getContext("2d", { willReadFrequently: true });
-    const seen = live.canvas(SIDE, { class: "live-seen", role: "img", "aria-label": "What the network sees, 28 by 28 pixels" });
+    const seen = live.canvas(SIDE, { class: "live-seen", role: "img", "aria-label": "what the network sees" });
     const raise = make("input", { type: "checkbox", id: live.id(), change: show });
     const table = live.probabilities("Probabilities", names, ["network"]);
     const said = live.announcer();
@@ -82,7 +82,7 @@
       const canvas = live.canvas(SIDE, { "aria-hidden": "true" });
       const values = bytes.slice(k * size, (k + 1) * size);
       paint(canvas, values);
-      return { canvas, values, name: `a test image of a ${label}` };
+      return { canvas, values, name: `a ${label}, test image ${data.rows[k]}` };
     });
     const picker = live.picker("… or take a test image of MNIST", samples.length / 2, samples, take);
 
@@ -104,8 +104,9 @@
       figures.textContent =
         `On the 10,000 test images of MNIST, with the bias ${raise.checked ? "raised" : "as trained"}: ` +
         `${percent(ofDigit)} of the ${digit}s are recognised; of all digits, ${percent(all)}.`;
-      const best = probabilities && live.argmax(probabilities);
-      said.say(probabilities ? `The network says ${best}, with ${live.percent(probabilities[best])}.` : "Draw a digit.");
+      if (!probabilities) return said.say("Draw a digit.");
+      const best = live.argmax(probabilities);
+      said.say(`The network says ${best}, with ${live.percent(probabilities[best])}.`);
     }
 
     function empty() {

@@ -9,9 +9,11 @@
     runtime.env.wasm.wasmPaths = { wasm: `${live.folder}ort-wasm-simd-threaded.wasm` };
     runtime.env.wasm.numThreads = 1; // several would need headers that a plain web server does not send
     const opened = await runtime.InferenceSession.create(`${live.folder}student_cnn.onnx`);
-    return async (pixels, shape) => {
+    let turn = Promise.resolve(); // a session answers one question at a time
+    return (pixels, shape) => {
       const images = new runtime.Tensor("uint8", pixels, [1, ...shape]);
-      return Array.from((await opened.run({ images })).logits.data);
+      turn = turn.then(() => opened.run({ images }));
+      return turn.then(({ logits }) => Array.from(logits.data));
     };
   }
 
@@ -43,21 +45,30 @@
   // The part of the widget below the table. It calls column(text) to rename the student's column, ready() when the
   // student is there, and own(canvas) with a picture of the reader's. compute(canvas, recorded) gives the student's
   // logits, or null as long as it is not loaded.
-  live.student = ({ data, ready, own, column }) => {
+  live.student = ({ data, open: unfolded, ready, own, column }) => {
     const status = make("p", { "aria-live": "polite", class: "live-status" });
-    const element = make("details", { class: "live-student" }, make("summary", {}, "Run the student itself, in your browser"));
+    const summary = make("summary", {}, "Run the student itself, in your browser");
+    const element = make("details", { class: "live-student", open: unfolded }, summary);
 
     if (location.protocol === "file:" || !live.runtime) {
       const why = live.runtime
-        ? "A page that was opened as a file may not start it. Serve the site instead: run `python -m http.server` in its folder, and open the address that it prints."
-        : "This copy of the site was built without it. In a clone of the repository `make site` adds it, if npm and a network are there.";
+        ? "A page that was opened as a file may not start it. Serve the site instead: run python -m http.server in " +
+          "its folder, and open the address that it prints."
+        : "This copy of the site was built without it. In a clone of the repository, make site adds it if npm is " +
+          "there and finds a network.";
       element.append(make("p", {}, why));
       return { element, compute: () => null };
     }
 
     const megabytes = Math.round(live.runtime.bytes / 1e6);
     const start = make("button", { type: "button", click: load }, `Load the student (${megabytes} MB, once)`);
-    const file = make("input", { type: "file", accept: "image/*", id: live.id(), change: () => take(file.files[0]) });
+    const file = make("input", {
+      type: "file",
+      accept: "image/*",
+      id: live.id(),
+      click: () => (file.value = ""), // so that the same picture can be chosen again
+      change: () => take(file.files[0]),
+    });
     const drop = make(
       "div",
       { class: "live-drop", hidden: true, dragover: (event) => event.preventDefault(), drop: dropped },
@@ -68,7 +79,8 @@
       make(
         "p",
         {},
-        "The probabilities above were recorded. With the student loaded they are computed here, on your device, for the test images and for pictures of your own, which never leave your browser.",
+        "The probabilities above were recorded. With the student loaded they are computed here, on your device, for " +
+          "the test images and for pictures of your own, which never leave your browser.",
       ),
       start,
       drop,
@@ -111,10 +123,12 @@
       const began = performance.now();
       const logits = await run(pixelsOf(canvas), data.shape);
       const took = performance.now() - began;
-      const far = recorded && Math.max(...logits.map((z, c) => Math.abs(z - recorded[c])));
-      const same = recorded ? ` No logit is further than ${Math.max(far, 0.001).toFixed(3)} from the recorded one.` : "";
-      const unlike = " It knows ten classes only, and will name one of them whatever it sees.";
-      status.textContent = `Computed here in ${took.toFixed(0)} ms.${recorded ? same : unlike}`;
+      let note = "It knows ten classes only, and will name one of them whatever it sees.";
+      if (recorded) {
+        const furthest = Math.max(...logits.map((z, c) => Math.abs(z - recorded[c])));
+        note = `No logit is further than ${(Math.ceil(1000 * furthest) / 1000).toFixed(3)} from the recorded one.`;
+      }
+      status.textContent = `Computed here in ${took.toFixed(0)} ms. ${note}`;
       return logits;
     }
     return { element, compute };
