@@ -32,23 +32,27 @@ SHOWN = ("intro", "03_", "05_", "06_", "what_we_found", "search")  # pages of wh
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 AXE = (resources.files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
-RUN_AXE = """() => axe.run(document, {resultTypes: ['violations'], runOnly: {type: 'tag', values:
-  ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']}}).then(({violations}) => violations.map(v =>
-  ({id: v.id, impact: v.impact, help: v.help, nodes: v.nodes.map(n => n.html.slice(0, 200))})))"""
+RUN_AXE = """exclude => axe.run({include: [['html']], exclude}, {resultTypes: ['violations'], preload: false,
+    runOnly: {type: 'tag', values: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']}})
+  .then(({violations}) => violations.map(v => ({id: v.id, impact: v.impact, help: v.help,
+    nodes: v.nodes.map(n => n.html.slice(0, 200))})))"""
 # Elements that stick out at the right, unless something around them scrolls.
 STICK_OUT = """() => {
   const width = document.documentElement.clientWidth;
   const contained = e => { for (let n = e.parentElement; n && n !== document.body; n = n.parentElement) {
-    const s = getComputedStyle(n); if (s.overflowX !== 'visible' || s.position === 'fixed') return true; } return false; };
-  return [...document.querySelectorAll('main *')].filter(e => { const r = e.getBoundingClientRect();
+    if (getComputedStyle(n).overflowX !== 'visible') return true; } return false; };
+  return [...document.querySelectorAll('article *')].filter(e => { const r = e.getBoundingClientRect();
     return r.width && r.right > width + 1 && !contained(e); }).slice(0, 3).map(e => e.outerHTML.slice(0, 120)); }"""
 # What cannot be scrolled with the keyboard although it scrolls, or is reached with it although nobody wants to.
-STOPS = """() => [...document.querySelectorAll('article *')].filter(e => /auto|scroll/.test(getComputedStyle(e).overflowX)
-    && e.scrollWidth > e.clientWidth + 1 && e.tabIndex < 0 && e.getClientRects().length)
-  .concat([...document.querySelectorAll('button.copybtn, mjx-container')].filter(e => e.tabIndex >= 0
-    && e.scrollWidth <= e.clientWidth + 1)).slice(0, 3).map(e => e.outerHTML.slice(0, 120))"""
+STOPS = """() => {
+  const wide = e => e.scrollWidth > e.clientWidth + 1 && e.getClientRects().length;
+  const all = selector => [...document.querySelectorAll(selector)];
+  const scrolls = e => /auto|scroll/.test(getComputedStyle(e).overflowX);
+  return [...all('article *').filter(e => scrolls(e) && wide(e) && e.tabIndex < 0),
+    ...all('button.copybtn, mjx-container').filter(e => e.tabIndex >= 0 && !wide(e))].slice(0, 3)
+    .map(e => e.outerHTML.slice(0, 120)); }"""
 LINKS = """() => ({ids: [...document.querySelectorAll('[id]')].map(e => e.id),
-  links: [...document.querySelectorAll('a[href], img[src]')].map(e => e.getAttribute('href') ?? e.getAttribute('src'))})"""
+  links: [...document.querySelectorAll('a[href]')].map(e => e.getAttribute('href'))})"""
 
 
 def chromium() -> str | None:
@@ -123,17 +127,16 @@ def pages(html: Path) -> list[str]:
     return sorted(path.relative_to(html).as_posix() for path in paths if path.name != "index.html")
 
 
-def findings(page: Page) -> list[dict]:
-    """What axe finds on the page."""
-    page.evaluate(AXE)
-    return page.evaluate(RUN_AXE)
+def look(page: Page, problems: list[str], address: str, *, code: bool = True) -> list[dict]:
+    """Open a page, add what is wrong with it to `problems`, and return all that axe finds.
 
-
-def look(page: Page, problems: list[str], address: str) -> list[dict]:
-    """Open a page, add what is wrong with it to `problems`, and return all that axe finds."""
+    Args:
+        code: axe looks at coloured code as well, whose thousands of words take most of its time.
+    """
     go(page, address)
     page.wait_for_timeout(50)
-    found = findings(page)
+    page.evaluate(AXE)
+    found = page.evaluate(RUN_AXE, [] if code else [[".highlight"]])
     for one in found:
         if one["impact"] in ("serious", "critical"):
             problems.append(f"axe, {one['impact']}: {one['help']}, {len(one['nodes'])}×, such as {one['nodes'][0]}")

@@ -1,4 +1,4 @@
-"""What Sphinx and the theme leave undone on the rendered pages: MathJax, weight, accessibility, the index of the search.
+"""What Sphinx and the theme leave undone on the rendered pages: MathJax, weight, accessibility, the search's index.
 
 ``render.py`` calls it when the pages are written; by itself it does nothing.
 """
@@ -16,6 +16,7 @@ from bs4 import BeautifulSoup, Tag
 # What no page loads: source maps, icons as a script (they come from the font), fonts for old browsers, translations.
 UNUSED = ("*.map", "scripts/fontawesome.js*", "vendor/**/*.ttf", "locales", "*webpack-macros.html")
 UNUSED_SCRIPTS = re.compile(r"scripts/fontawesome\.js|/(searchtools|language_data|searchindex)\.js")
+NOT_PROSE = ".headerlink, .highlight, .cell, .stamp, .caption-number, .ways, div.math, table, script"
 HOME = "book/intro.html"
 # On the address of the site itself there is no page, but the way to the first.
 INDEX = """<!DOCTYPE html>
@@ -146,7 +147,7 @@ def finish_body(soup: BeautifulSoup) -> None:
 def search_sections(soup: BeautifulSoup, page: str) -> list[list[str]]:
     """Each section of a page: address, title, the page's title, and its prose without code, outputs and subsections."""
     found, article = [], BeautifulSoup(str(soup.article), "html.parser")
-    for tag in article.select(".headerlink, .highlight, .cell, .stamp, script, style, .onlyprint, div.math, .eqno"):
+    for tag in article.select(NOT_PROSE):
         tag.decompose()
     for section in reversed(article.find_all("section")):  # a section's own subsections are taken out before it
         heading = section.find(re.compile("h[1-6]"))
@@ -162,11 +163,11 @@ def search_sections(soup: BeautifulSoup, page: str) -> list[list[str]]:
 
 def plain(tag: Tag) -> str:
     """The text of an element, with formulas as far as they read without TeX."""
-    text = re.sub(r"\\\((.*?)\\\)", lambda match: formula(match[1]), tag.get_text(" "))
+    text = re.sub(r"(?s)\\\((.*?)\\\)", lambda match: formula(match[1]), tag.get_text(" "))
     return re.sub(r" ([.,;:)!?])", r"\1", " ".join(text.split()))
 
 
 def formula(tex: str) -> str:
     """A formula between dollars as text: T^2 as T², and … for what is no text."""
     text = tex.replace("^2", "²").replace("\\alpha", "alpha").replace("\\beta", "beta").replace("\\cdot", "·")
-    return "…" if re.search(r"[\\{}^_]", text) else text
+    return "…" if re.search(r"[\\{}^_]", text) else text.strip("$")

@@ -109,7 +109,7 @@ def describe(stamp: dict) -> str:
 
 
 def site_settings() -> dict:
-    """``_config.yml``, with what needs an address if the repository is one on github.com; elsewhere it would lead nowhere.
+    """``_config.yml``, with what needs an address if the repository is one on github.com: elsewhere it leads nowhere.
 
     These are the buttons to the repository and to Colab, and, on the pages' address at GitHub, canonical links, social
     cards and the sitemap.
@@ -122,6 +122,8 @@ def site_settings() -> dict:
         config["launch_buttons"] = {"colab_url": "https://colab.research.google.com"}
         sphinx["extensions"].append("sphinx_sitemap")
         sphinx |= {"sitemap_url_scheme": "{link}", "ogp_site_url": site, "notfound_urls_prefix": f"/{name}/"}
+    else:
+        del config["repository"]
     return config
 
 

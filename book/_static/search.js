@@ -28,8 +28,8 @@ const excerpt = (text, words) => {
   const hits = words.map((word) => text.search(matcher(word))).filter((at) => at >= 0);
   const at = hits.length ? Math.min(...hits) : 0;
   const start = at < 100 ? 0 : text.lastIndexOf(" ", at - 80) + 1;
-  const part = text.slice(start, start + 240);
-  return (start ? "… " : "") + part + (start + 240 < text.length ? " …" : "");
+  const end = start + 240 < text.length ? text.lastIndexOf(" ", start + 240) : text.length;
+  return (start ? "… " : "") + text.slice(start, end) + (end < text.length ? " …" : "");
 };
 
 const mark = (element, text, words) => {
