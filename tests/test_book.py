@@ -587,6 +587,8 @@ def test_the_address_is_carried_everywhere(tiny, capsys):
     assert nbformat.read(tiny / "book" / "01_tiny.ipynb", 4).cells[1].source == SET_UP.format(address=url)
     settings = tool(tiny, "render").site_settings()
     assert settings["repository"]["url"] == url
+    assert settings["html"]["baseurl"] == settings["sphinx"]["config"]["ogp_site_url"]
+    assert settings["html"]["baseurl"] == "https://somebody.github.io/a-book/"
     assert settings["launch_buttons"]["colab_url"]
 
 
