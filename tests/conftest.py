@@ -1,6 +1,5 @@
 """What the unit tests share: folders of their own, no GPU, and image sets small enough to train on in a blink."""
 
-import fcntl
 import os
 from pathlib import Path
 
@@ -8,11 +7,12 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock  # comes with torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels for a GPU run here too; read when torchvision imports Triton
 
-from workshop import copy_book, start
+from workshop import render_site
 
 from kdlib import build
 from kdlib.data import ImageSet
@@ -31,18 +31,17 @@ def isolated(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def rendered(tmp_path_factory) -> Path:
-    """The folder of the book's site as it is committed, rendered once for all workers of a test session."""
-    base = tmp_path_factory.getbasetemp()
-    tree = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "rendered"
-    tree.mkdir(exist_ok=True)
-    with (tree / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (tree / "done").exists():
-            done = start(copy_book(tree), "tools/book.py", "site")
-            assert done.returncode == 0, done.stderr
-            (tree / "done").touch()
-    return tree / "runs" / "site" / "_build" / "html"
+def site(tmp_path_factory) -> Path:
+    """The folder of the rendered book: see :func:`workshop.render_site`. It is rendered once for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder in one that they share
+        folder = folder.parent
+    with FileLock(folder / "site.lock"):
+        address = folder / "site.txt"
+        if not address.exists():
+            html = render_site(tmp_path_factory.mktemp("site"))
+            address.write_text(str(html), encoding="utf-8")
+    return Path(address.read_text(encoding="utf-8"))
 
 
 def make_images(

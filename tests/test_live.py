@@ -1,12 +1,11 @@
 """What a reader can touch, in a headless Chromium: it shows what Python computes, and no request leaves the site."""
 
 import base64
-import functools
+import contextlib
+import importlib.util
 import io
 import re
 import shutil
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,9 +17,14 @@ from workshop import ROOT, tool
 from kdlib.deploy.export import FromPixels
 from kdlib.records import artefacts
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+if importlib.util.find_spec("playwright") is None:
+    pytest.skip("playwright is not installed", allow_module_level=True)
+
+from playwright.sync_api import expect
+
+audit = tool(ROOT, "audit")
+in_a_browser = pytest.mark.skipif(audit.chromium() is None, reason="no Chromium; on Debian: apt-get install chromium")
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 TAUGHT = "book/intro.html", "book/03_soft_labels.html"
 PAD = "book/07_paper_mnist.html"
 
@@ -42,56 +46,35 @@ def digits(live):
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+def base(site):
+    """The address of the site, on this machine."""
+    with audit.served(site) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
-def address(rendered):
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(rendered)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    server.server_close()
+def browser():
+    """A Chromium that reaches nothing but this machine."""
+    with audit.started() as one:
+        yield one
 
 
 @pytest.fixture
-def visit(chromium, address):
+def visit(browser, base):
     """A function that opens a page and waits for its widget; afterwards, nothing has left the site or gone wrong."""
-    left, wrong, contexts = [], [], []
+    seen = []
 
-    def open_page(path, *, base=address, ready=".live-ready", **settings):
-        context = chromium.new_context(**settings)
-        contexts.append(context)
-
-        def only_here(route):
-            if route.request.url.startswith((base, "data:", "blob:")):
-                return route.fallback()
-            left.append(route.request.url)
-            return route.abort()
-
-        context.route("**/*", only_here)
-        context.add_init_script("localStorage.mode ||= localStorage.theme ||= 'light'")  # else the theme complains
-        page = context.new_page()
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-        page.goto(base + path, wait_until="load")
+    def open_page(path, *, base=base, ready=".live-ready", width=1280):
+        page, problems = pages.enter_context(audit.opened(browser, base, width=width))
+        seen.append(problems)
+        audit.go(page, base + path)
         place = page.locator(ready).first
         place.wait_for(timeout=20_000)
         return SimpleNamespace(page=page, place=place)
 
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert left == []
-    assert wrong == []
+    with contextlib.ExitStack() as pages:
+        yield open_page
+    assert [problem for problems in seen for problem in problems] == []
 
 
 def shown(place, column=0):
@@ -215,14 +198,14 @@ def test_the_keyboard_goes_through_the_images_and_the_result_is_said(visit, reco
     assert inputs.nth(4).is_checked()
     assert close(shown(place), softmax(recorded["teacher"][4]))
     said = place.locator(".live-said[aria-live=polite]")
-    sync_api.expect(said).to_contain_text("the teacher gives deer")
+    expect(said).to_contain_text("the teacher gives deer")
     assert place.locator(".live-large").get_attribute("aria-label") == "picture of a deer"
 
 
 @in_a_browser
 @pytest.mark.parametrize("path", [*TAUGHT, PAD])
 def test_on_a_phone_nothing_sticks_out(visit, path):
-    seen = visit(path, viewport={"width": 390, "height": 844})
+    seen = visit(path, width=390)
     box = seen.place.bounding_box()
     inner = seen.place.evaluate(
         "e => Math.max(...[...e.querySelectorAll('*')].map(x => x.getBoundingClientRect().right))"
@@ -234,15 +217,18 @@ def test_on_a_phone_nothing_sticks_out(visit, path):
 
 @in_a_browser
 @pytest.mark.parametrize("path", [*TAUGHT, PAD])
-def test_without_javascript_a_picture_and_a_sentence_stay(visit, path):
-    place = visit(path, ready=".live", java_script_enabled=False).place
+def test_without_javascript_a_picture_and_a_sentence_stay(browser, base, path):
+    page = browser.new_page(java_script_enabled=False)
+    page.goto(base + path)
+    place = page.locator(".live")
     assert "with JavaScript" in place.inner_text()
     assert len(place.locator("img").get_attribute("alt")) > 80
+    page.close()
 
 
 @in_a_browser
-def test_pages_that_were_opened_as_files_work_but_for_the_student(visit, rendered, recorded, digits):
-    base = rendered.as_uri() + "/"
+def test_pages_that_were_opened_as_files_work_but_for_the_student(visit, site, recorded, digits):
+    base = site.as_uri() + "/"
     place = visit(TAUGHT[0], base=base).place
     place.get_by_role("button", name="T = 20").click()
     assert close(shown(place), softmax(recorded["teacher"][3], 20))
@@ -266,9 +252,9 @@ def test_pages_without_a_widget_load_none_of_this(visit):
 
 
 @pytest.fixture
-def started(visit, rendered):
+def started(visit, site):
     """The first page's widget with the student loaded, and what was loaded for it."""
-    if "null" in (rendered / "_static" / "live" / "runtime.js").read_text(encoding="utf-8"):
+    if "null" in (site / "_static" / "live" / "runtime.js").read_text(encoding="utf-8"):
         pytest.skip("the site was built without ONNX Runtime Web: npm or a network is missing")
     seen = visit(TAUGHT[0])
     loaded = []
@@ -277,7 +263,7 @@ def started(visit, rendered):
     assert [url for url in loaded if "ort" in url or "onnx" in url] == []
     seen.place.get_by_role("button", name="Load the student").click()
     seen.place.locator(".live-drop").wait_for(timeout=60_000)
-    sync_api.expect(seen.place.locator(".live-status[aria-live=polite]")).to_contain_text("Computed here")
+    expect(seen.place.locator(".live-status[aria-live=polite]")).to_contain_text("Computed here")
     assert any(url.endswith("student_cnn.onnx") for url in loaded)
     return seen
 
@@ -289,7 +275,7 @@ def test_the_student_computes_what_pytorch_computes(started, live, recorded):
     assert "student, live" in place.locator("thead").inner_text()
     for k in (3, 23, 29):
         place.locator(".live-pictures input").nth(k).check(force=True)
-        sync_api.expect(place.locator(".live-status")).to_contain_text("from the recorded one")
+        expect(place.locator(".live-status")).to_contain_text("from the recorded one")
         place.get_by_role("button", name="T = 4").click()
         assert close(shown(place, 1), softmax(logits[k], 4))
         place.get_by_role("button", name="T = 1").click()
@@ -303,7 +289,7 @@ def test_a_picture_of_ones_own(started, live, recorded, tmp_path):
     pixels = np.random.RandomState(0).randint(0, 256, (32, 32, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "noise.png")
     place.get_by_label("A picture of your own").set_input_files(tmp_path / "noise.png")
-    sync_api.expect(place.locator(".live-status")).to_contain_text("ten classes only")
+    expect(place.locator(".live-status")).to_contain_text("ten classes only")
     (logits,) = student(live, recorded, pixels[None])
     assert close(shown(place, 1), softmax(logits))
     assert place.locator("tbody td:nth-child(2)").all_inner_texts() == ["–"] * 10  # the teacher has no record of it
@@ -316,15 +302,15 @@ def test_a_picture_of_ones_own(started, live, recorded, tmp_path):
     Image.fromarray(np.concatenate([stripe, middle, stripe], 1)).save(tmp_path / "large.png")
     place.get_by_role("button", name="T = 1").click()
     place.get_by_label("A picture of your own").set_input_files(tmp_path / "large.png")
-    sync_api.expect(place.locator("tbody tr", has_text="cat").locator("td").nth(1)).to_have_class(re.compile("best"))
+    expect(place.locator("tbody tr", has_text="cat").locator("td").nth(1)).to_have_class(re.compile("best"))
 
     (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
     place.get_by_label("A picture of your own").set_input_files(tmp_path / "text.png")
-    sync_api.expect(place.locator(".live-status")).to_contain_text("text.png is not a picture")
+    expect(place.locator(".live-status")).to_contain_text("text.png is not a picture")
 
 
 @in_a_browser
-def test_a_site_without_the_runtime_says_so(visit, address, live):
+def test_a_site_without_the_runtime_says_so(visit, live):
     seen = visit(TAUGHT[0])
     without = (live.FOLDER / "runtime.js").read_text(encoding="utf-8")
     seen.page.route("**/runtime.js", lambda route: route.fulfill(body=without, content_type="text/javascript"))
@@ -335,10 +321,10 @@ def test_a_site_without_the_runtime_says_so(visit, address, live):
 
 
 @in_a_browser
-def test_a_page_may_unfold_the_student(visit, rendered):
+def test_a_page_may_unfold_the_student(visit, site):
     seen = visit(TAUGHT[0])
     assert seen.place.locator(".live-student").get_attribute("open") is None
-    html = (rendered / TAUGHT[0]).read_text(encoding="utf-8")
+    html = (site / TAUGHT[0]).read_text(encoding="utf-8")
     unfolded = html.replace('data-live="student"', 'data-live="student" data-open=""')
     seen.page.route("**/intro.html", lambda route: route.fulfill(body=unfolded, content_type="text/html"))
     seen.page.reload(wait_until="load")
@@ -386,7 +372,7 @@ def test_a_digit_is_chosen_with_the_keyboard(visit, digits):
     assert f"{100 * digits['test'][1]['digit']:.1f} % of the 3s" in place.locator(".live-figures").inner_text()
     assert len({inputs.nth(k).get_attribute("aria-label") for k in range(inputs.count())}) == inputs.count()
     assert "3 never seen" in place.locator(".live-label").inner_text()
-    sync_api.expect(place.locator(".live-said[aria-live=polite]")).to_contain_text("The network says 9")
+    expect(place.locator(".live-said[aria-live=polite]")).to_contain_text("The network says 9")
 
 
 @in_a_browser

@@ -123,7 +123,11 @@
     return { element, select, selected };
   };
 
-  live.canvas = (size, attributes = {}) => live.make("canvas", { width: size, height: size, ...attributes });
+  live.canvas = (size, attributes = {}) => {
+    const canvas = live.make("canvas", { width: size, height: size, ...attributes });
+    canvas.getContext("2d", { willReadFrequently: true }); // small pictures, whose pixels are read
+    return canvas;
+  };
 
   async function mount(place) {
     const name = place.dataset.live;

@@ -68,7 +68,7 @@
       role: "img",
       "aria-label": "Pad to draw a digit on with a mouse or a finger. With a keyboard, choose one of the images below.",
     });
-    const pen = pad.getContext("2d", { willReadFrequently: true });
+    const pen = pad.getContext("2d");
     const seen = live.canvas(SIDE, { class: "live-seen", role: "img", "aria-label": "what the network sees" });
     const raise = make("input", { type: "checkbox", id: live.id(), change: show });
     const table = live.probabilities("Probabilities", names, ["network"]);
