@@ -10,7 +10,7 @@ RUNS     ?=
 TOOLS  = .venv/bin/python tools
 CHOSEN = --profile "$(PROFILE)" --chapters "$(CHAPTERS)"
 
-.PHONY: book sweep runs compare test site publish status bench
+.PHONY: book sweep runs compare test site audit publish status bench
 .DEFAULT_GOAL := book
 
 book: .venv/.installed    ## run the chapters, render them, print the results and where the page is
@@ -30,6 +30,9 @@ test: .venv/.installed    ## ruff, the tests, and the notebooks against their co
 
 site: .venv/.installed    ## render what is committed, without running it
 	@$(TOOLS)/book.py site
+
+audit: site               ## look at every page in a browser: light and dark, wide and narrow
+	@$(TOOLS)/audit.py
 
 publish: .venv/.installed ## run the chapters in place, so that they carry their outputs
 	@$(TOOLS)/publish.py $(CHOSEN)

@@ -7,9 +7,12 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock  # comes with torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels for a GPU run here too; read when torchvision imports Triton
+
+from workshop import render_site
 
 from kdlib import build
 from kdlib.data import ImageSet
@@ -25,6 +28,20 @@ def isolated(monkeypatch, tmp_path):
     monkeypatch.setenv("KDLIB_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.delenv("KDLIB_PROFILE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    """The folder of the rendered book: see :func:`workshop.render_site`. It is rendered once for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder in one that they share
+        folder = folder.parent
+    with FileLock(folder / "site.lock"):
+        address = folder / "site.txt"
+        if not address.exists():
+            html = render_site(tmp_path_factory.mktemp("site"))
+            address.write_text(str(html), encoding="utf-8")
+    return Path(address.read_text(encoding="utf-8"))
 
 
 def make_images(

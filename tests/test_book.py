@@ -22,6 +22,7 @@ from PIL import Image
 from workshop import (
     CHAPTERS,
     ROOT,
+    RUN_STAMP,
     change_cell,
     code_cells,
     copy_book,
@@ -37,8 +38,6 @@ from kdlib import evaluate, load_data, models
 from kdlib.records import artefacts
 
 TAGGED = "nbval-check-output"
-RUN_STAMP = ("profile", "device", "versions", "date", "seconds")
-TIDIED = {"commit": "abc1234", "proof": "same results at quick in 7 of 8 outputs"}
 every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.name[:2])
 
 SET_UP = """\
@@ -502,26 +501,6 @@ def page_text(path: Path) -> str:
     return " ".join(page(path).get_text().split())
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    """The folder of the rendered book, made without a warning, with stamps of every kind."""
-    tree = copy_book(tmp_path_factory.mktemp("site"))
-    notes = {"02": {}, "04": {"tidied": TIDIED}, "05": {"composed": {"device": "CPU, 2 threads", "date": "2026-12-24"}}}
-    for number, note in notes.items():
-        (path,) = (tree / "book").glob(f"{number}_*.ipynb")
-        notebook = nbformat.read(path, 4)
-        stamp = notebook.metadata["kdlib_published"]
-        notebook.metadata["kdlib_published"] = {name: stamp[name] for name in RUN_STAMP} | note
-        for cell in notebook.cells:
-            cell.metadata.pop("kdlib_pending", None)
-        if number == "04":
-            code_cells(notebook)[-1].metadata["kdlib_pending"] = True
-        nbformat.write(notebook, path)
-    done = book(tree, "site")
-    assert done.returncode == 0, done.stderr
-    return tree / "runs" / "site" / "_build" / "html"
-
-
 def test_every_page_is_there(site):
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     files = [contents["root"], *(entry["file"] for part in contents["parts"] for entry in part["chapters"])]
@@ -535,16 +514,21 @@ def test_every_link_leads_somewhere(site):
     pages = {path: page(path) for path in [*site.glob("*.html"), *(site / "book").glob("*.html")]}
     anchors = {path: {tag["id"] for tag in soup.find_all(id=True)} for path, soup in pages.items()}
     for path, soup in pages.items():
+
+        def place(link: str, start: Path = path.parent) -> Path:
+            """The file of a link; 404.html, which is shown at any address, counts from the site's."""
+            return ((site if link.startswith("/") else start) / unquote(link).lstrip("/")).resolve()
+
         for link in soup.find_all("a", href=True):
             target, anchor = urldefrag(link["href"])
             if re.match(r"[a-z]+:", target) or not (target or anchor):
                 continue
-            file = (path.parent / unquote(target)).resolve() if target else path
+            file = place(target) if target else path
             assert file.exists(), f"{path.name}: {link['href']}"
             if anchor:
                 assert unquote(anchor) in anchors[file], f"{path.name}: {link['href']}"
         for image in soup.find_all("img", src=True):
-            assert (path.parent / unquote(image["src"])).exists(), f"{path.name}: {image['src']}"
+            assert place(image["src"]).exists(), f"{path.name}: {image['src']}"
 
 
 def test_every_figure_has_a_text(site):
@@ -603,6 +587,8 @@ def test_the_address_is_carried_everywhere(tiny, capsys):
     assert nbformat.read(tiny / "book" / "01_tiny.ipynb", 4).cells[1].source == SET_UP.format(address=url)
     settings = tool(tiny, "render").site_settings()
     assert settings["repository"]["url"] == url
+    assert settings["html"]["baseurl"] == settings["sphinx"]["config"]["ogp_site_url"]
+    assert settings["html"]["baseurl"] == "https://somebody.github.io/a-book/"
     assert settings["launch_buttons"]["colab_url"]
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -67,6 +68,24 @@ def test_an_old_python_is_refused_before_anything_is_installed(tmp_path):
     assert done.returncode == 2
     assert f"{old} is not Python 3.11 or newer" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+# --- where the commands are called ------------------------------------------------------------------------------------
+
+
+def test_what_runs_elsewhere_calls_commands_that_exist():
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert [path.stem for path in workflows] == ["monthly", "pages", "test"]
+    called = [(ROOT / ".ci" / "run").read_text(encoding="utf-8")]
+    for path in workflows:
+        workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for job in workflow["jobs"].values():
+            called += [step["run"] for step in job["steps"] if "run" in step]
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text(encoding="utf-8"))
+    called.append(container["postCreateCommand"])
+    targets = set(re.findall(r"(?m)^([\w./]+):", (ROOT / "Makefile").read_text(encoding="utf-8")))
+    wanted = {name for text in called for name in re.findall(r"(?m)(?:^|&& )make ([\w./]+)", text)}
+    assert {"test", "site"} <= wanted <= targets
 
 
 # --- the rooms of the house ------------------------------------------------------------------------------------------

@@ -12,11 +12,13 @@ import sys
 import tomllib
 from pathlib import Path
 
+import live
 import nbformat
 import yaml
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
 from notebooks import BOOK, PENDING, ROOT, STAMP, Failed
+from polish import polish
 
 SETTLED = ("current", "tidied")  # states in which a page still holds
 
@@ -50,6 +52,8 @@ def render(folder: Path, notebooks: dict[str, NotebookNode], *, strict: bool) ->
         raise Failed(f"rendering {source} failed:\n{said}")
     if outcome.stderr:
         print(said)
+    polish(folder / "_build" / "html")
+    live.install(folder / "_build" / "html")
     return folder / "_build" / "html" / "index.html"
 
 
@@ -107,11 +111,21 @@ def describe(stamp: dict) -> str:
 
 
 def site_settings() -> dict:
-    """``_config.yml``, with buttons to the repository and to Colab if the repository is one on github.com."""
+    """``_config.yml``, with what needs an address if the repository is one on github.com: elsewhere it leads nowhere.
+
+    These are the buttons to the repository and to Colab, and, on the pages' address at GitHub, canonical links, social
+    cards and the sitemap.
+    """
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
-    if config["repository"]["url"].startswith("https://github.com/"):  # elsewhere they would lead nowhere
-        config["html"] |= {"use_repository_button": True, "use_issues_button": True}
+    if found := re.fullmatch(r"https://github\.com/([^/]+)/([^/]+?)(\.git)?/?", config["repository"]["url"]):
+        owner, name = found[1].lower(), found[2]
+        site, sphinx = f"https://{owner}.github.io/{name}/", config["sphinx"]["config"]
+        config["html"] |= {"use_repository_button": True, "use_issues_button": True, "baseurl": site}
         config["launch_buttons"] = {"colab_url": "https://colab.research.google.com"}
+        sphinx["extensions"].append("sphinx_sitemap")
+        sphinx |= {"sitemap_url_scheme": "{link}", "ogp_site_url": site, "notfound_urls_prefix": f"/{name}/"}
+    else:
+        del config["repository"]
     return config
 
 

@@ -1,0 +1,163 @@
+"""The rendered site in a headless Chromium: what `make audit` looks at, shorter, and what readers do with a page."""
+
+import importlib.util
+import re
+
+import pytest
+from workshop import ROOT, tool
+
+if importlib.util.find_spec("playwright") is None:
+    pytest.skip("playwright is not installed", allow_module_level=True)
+
+audit = tool(ROOT, "audit")
+if audit.chromium() is None:
+    pytest.skip("no Chromium found; on Debian: apt-get install chromium", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module")
+def base(site):
+    """The address of the site, on this machine."""
+    with audit.served(site) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium that reaches nothing but this machine."""
+    with audit.started() as one:
+        yield one
+
+
+def test_every_page_is_sound(site, base, browser):
+    seen, wrong = {}, {}
+    for address in audit.pages(site):
+        with audit.opened(browser, base) as (page, problems):
+            audit.look(page, problems, base + address, code=False)
+            seen[address] = page.evaluate(audit.LINKS)
+        if problems:
+            wrong[address] = problems
+    assert wrong == {}
+    assert audit.broken_links(seen) == []
+
+
+@pytest.mark.parametrize(("name", "dark"), [("intro", False), ("06_evaluate", True), ("what_we_found", False)])
+def test_a_page_is_sound_on_a_narrow_screen(base, browser, name, dark):
+    with audit.opened(browser, base, width=390, dark=dark) as (page, problems):
+        audit.look(page, problems, f"{base}book/{name}.html")
+    assert problems == []
+
+
+def test_nothing_is_heavier_than_it_may_be(site, base, browser):
+    assert audit.weight(site) < audit.MOST_MB
+    assert audit.first_page_weight(browser, base, site) < audit.MOST_FIRST_PAGE_MB
+    assert not list(site.rglob("*.map"))
+
+
+def test_the_first_page_says_what_the_site_is(site, base, browser):
+    with audit.opened(browser, base) as (page, problems):
+        page.goto(base)  # leads there
+        page.wait_for_url("**/book/intro.html")
+        for name in ("description", "twitter:card"):
+            assert page.locator(f'meta[name="{name}"]').get_attribute("content")
+        card = page.locator('meta[property="og:image"]').get_attribute("content")
+        assert (site / "book" / card).resolve().is_file()
+        for text, end in (("Read", "00_distil_in_ten_minutes.html"), ("Run", "#run-it"), ("Touch", "#touch-it")):
+            button = page.locator(".ways a", has_text=text)
+            assert button.get_attribute("href").endswith(end)
+            assert button.bounding_box()["y"] < 900
+        picture = page.locator("article img").first.bounding_box()
+        assert picture["y"] + picture["height"] < 900
+        icon = page.locator(".theme-switch-button .fa-solid").first
+        assert "Awesome" in icon.evaluate("e => getComputedStyle(e, '::before').fontFamily")
+        assert page.evaluate(
+            "() => document.fonts.ready.then(() => document.fonts.check('900 16px \"Font Awesome 7 Free\"'))"
+        )
+    assert problems == []
+    assert "MIT licence" in (site / "book" / "intro.html").read_text(encoding="utf-8")
+    assert (site / ".nojekyll").exists()
+    assert (site / "404.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [("temperature", "09_temperature"), ("dark knowledge", "08_dark"), ("soft label", "03_soft"), ("Zebrafish", "")],
+)
+def test_the_search_finds_sections(base, browser, words, first):
+    with audit.opened(browser, base) as (page, problems):
+        page.goto(f"{base}book/intro.html")
+        page.keyboard.press("Control+k")
+        page.keyboard.type(words)
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/search.html?q=*")
+        page.wait_for_function("document.querySelector('.search-summary')?.textContent")
+        found = page.locator("#search-results li")
+        if not first:
+            assert found.count() == 0
+            return
+        assert f"book/{first}" in found.first.locator("a").get_attribute("href")
+        assert all("#" in link.get_attribute("href") for link in found.locator("a").all())
+        quoted = " ".join(found.locator("p").all_text_contents())
+        assert words.split()[0].lower() in quoted.lower()
+        assert "import " not in quoted
+        assert not re.search(r"\\[a-z(]", quoted)  # no TeX
+        found.first.locator("a").click()
+        page.wait_for_url(f"**/book/{first}*")
+    assert problems == []
+
+
+def test_the_theme_can_be_switched(base, browser):
+    with audit.opened(browser, base) as (page, problems):
+        audit.go(page, f"{base}book/intro.html")
+        seen = set()
+        for _ in range(3):
+            page.locator(".theme-switch-button").click()
+            seen.add(page.evaluate("document.documentElement.dataset.mode"))
+        assert seen == {"light", "dark", "auto"}
+    assert problems == []
+
+
+def test_nothing_is_folded_or_cut_on_paper(base, browser):
+    with audit.opened(browser, base) as (page, problems):
+        audit.go(page, f"{base}book/06_evaluate.html")
+        closed = page.locator("article details:not([open])")
+        before = closed.count()
+        assert before > 10
+        page.emulate_media(media="print")
+        page.wait_for_function("!document.querySelector('article details:not([open])')")
+        cut = """[...document.querySelectorAll('article *')].filter(e => !e.closest('mjx-assistive-mml')
+            && e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX !== 'visible').map(e => e.outerHTML)"""
+        assert page.evaluate(cut) == []
+        assert page.locator(".math mjx-container").count() > 5
+        page.emulate_media(media="screen")
+        page.wait_for_function(f"document.querySelectorAll('article details:not([open])').length == {before}")
+    assert problems == []
+
+
+def test_a_figure_can_be_enlarged_with_the_keyboard(base, browser):
+    with audit.opened(browser, base, width=390) as (page, problems):
+        audit.go(page, f"{base}book/05_distill_student.html")
+        figure = page.locator("article figure a.image-reference").last
+        figure.focus()
+        page.keyboard.press("Enter")
+        shown = page.locator("dialog.enlarged img")
+        assert shown.bounding_box()["width"] > 1.5 * figure.bounding_box()["width"]
+        page.keyboard.press("Escape")
+        assert page.locator("dialog.enlarged").count() == 0
+        assert figure.evaluate("e => e === document.activeElement")
+    assert problems == []
+
+
+def test_the_skip_link_leads_to_the_page_and_code_can_be_copied(base, browser):
+    with audit.opened(browser, base) as (page, problems):
+        audit.go(page, f"{base}book/03_soft_labels.html")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        page.keyboard.press("Tab")
+        assert page.evaluate("!!document.activeElement.closest('article')")
+        button = page.locator("article .cell:not(.tag_hide-input) button.copybtn").first
+        button.scroll_into_view_if_needed()
+        button.click(force=True)
+        page.wait_for_function("document.querySelector('button.copybtn.success')")
+    assert problems == []
