@@ -40,14 +40,6 @@ from kdlib.records import artefacts
 TAGGED = "nbval-check-output"
 every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.name[:2])
 
-SET_UP = """\
-# Does nothing where kdlib is installed; in Colab it installs it.
-try:
-    import kdlib
-except ModuleNotFoundError:
-    %pip install --quiet git+{address}
-    import kdlib"""
-
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
@@ -125,9 +117,16 @@ def test_a_solution_uses_only_what_its_notebook_has(path):
 @every_chapter
 def test_parameters_are_typed_and_explained(path):
     (cell,) = tagged(nbformat.read(path, 4), "parameters")
-    for line in filter(None, cell.source.splitlines()):
-        assert re.fullmatch(r"\w+: (str|int|float|bool) = \S+  # \S.{5,}", line), line
-    names = {line.split(":")[0] for line in cell.source.splitlines()}
+    first, *lines = cell.source.splitlines()
+    assert first.startswith("# @title Parameters")
+    names = []
+    for help_text, line in zip(lines[::2], lines[1::2], strict=True):  # what Colab shows as a form
+        name, kind, value, field = re.fullmatch(r"(\w+): (str|int|float|bool) = (\S+)  # @param (.+)", line).groups()
+        assert re.fullmatch(rf"# @markdown `{name}`: .{{6,}}", help_text), help_text
+        fields = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
+        expected = '{type:"raw"}' if value == "None" else f'{{type:"{fields[kind]}"}}'
+        assert field == expected or value.strip('"') in json.loads(field), line
+        names.append(name)
     others = [c.source for c in code_cells(nbformat.read(path, 4)) if c is not cell]
     for name in names:
         assert any(re.search(rf"\b{name}\b", source) for source in others), f"{name} is never used"
@@ -141,7 +140,7 @@ def test_set_up_cell(path):
     if not any("import kdlib" in c.source or "from kdlib" in c.source for c in code_cells(notebook)):
         assert found == []  # chapter 00 needs no kdlib
     else:
-        assert found == [SET_UP.format(address=address)]
+        assert found == [tool(ROOT, "render").set_up_cell(f"git+{address}")]
         assert code_cells(notebook)[0].source == found[0]
 
 
@@ -576,7 +575,11 @@ def test_a_page_says_what_was_carried_over_and_which_outputs_are_to_come(site):
 
 def test_the_address_is_carried_everywhere(tiny, capsys):
     url = "https://github.com/somebody/a-book"
-    change_cell(tiny / "book" / "01_tiny.ipynb", "setup", SET_UP.format(address="https://elsewhere.example/old"))
+    render = tool(tiny, "render")
+    nowhere = render.set_up_cell(f"git+{render.project_address()}")
+    assert "%pip install --quiet" not in nowhere  # nothing is installed from an address that leads nowhere
+    assert "no public address" in nowhere
+    change_cell(tiny / "book" / "01_tiny.ipynb", "setup", nowhere)
     (tiny / "README.md").write_text(f"git clone {tool(tiny, 'render').project_address()}\n", encoding="utf-8")
     assert tool(tiny).main(["address", "github"]) == 2
     assert "'github'" in capsys.readouterr().err
@@ -584,7 +587,8 @@ def test_the_address_is_carried_everywhere(tiny, capsys):
     assert tool(tiny).main(["address", url]) == 0
     assert f'repository = "{url}"' in (tiny / "pyproject.toml").read_text(encoding="utf-8")
     assert (tiny / "README.md").read_text(encoding="utf-8") == f"git clone {url}\n"
-    assert nbformat.read(tiny / "book" / "01_tiny.ipynb", 4).cells[1].source == SET_UP.format(address=url)
+    assert nbformat.read(tiny / "book" / "01_tiny.ipynb", 4).cells[1].source == render.set_up_cell(f"git+{url}")
+    assert f"%pip install --quiet git+{url}" in render.set_up_cell(f"git+{url}")
     settings = tool(tiny, "render").site_settings()
     assert settings["repository"]["url"] == url
     assert settings["html"]["baseurl"] == settings["sphinx"]["config"]["ogp_site_url"]

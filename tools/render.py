@@ -21,6 +21,7 @@ from notebooks import BOOK, PENDING, ROOT, STAMP, Failed
 from polish import polish
 
 SETTLED = ("current", "tidied")  # states in which a page still holds
+NOWHERE = "https://github.example/"  # how an address begins that is none
 
 
 def render(folder: Path, notebooks: dict[str, NotebookNode], *, strict: bool) -> Path:
@@ -135,14 +136,39 @@ def project_address() -> str:
     return project["project"]["urls"]["repository"]
 
 
+def set_up_cell(source: str) -> str:
+    """A notebook's first cell, which installs kdlib where it is missing, such as in Colab.
+
+    Args:
+        source: what pip installs: ``git+https://…`` or a wheel. Of an address that leads nowhere it says what to do.
+    """
+    if source.removeprefix("git+").startswith(NOWHERE):
+        missing = """    raise ImportError(
+        "kdlib is not installed, and the book has no public address yet. In its "
+        "folder, `pip install .` installs it; or `%pip install` a wheel of it here."
+    ) from None"""
+        return f"# Does nothing where kdlib is there.\ntry:\n    import kdlib\nexcept ModuleNotFoundError:\n{missing}"
+    return f"""# Does nothing where kdlib is installed; in Colab it installs it.
+try:
+    import kdlib
+except ModuleNotFoundError:
+    %pip install --quiet {source}
+    import kdlib"""
+
+
 def copy_address() -> None:
     """Copy the repository's address from pyproject.toml to the other files and the notebooks' set-up cells."""
     url, config = project_address(), ROOT / "_config.yml"
+    for path in sorted(BOOK.glob("*.ipynb")):
+        notebook = nbformat.read(path, 4)
+        for cell in notebook.cells:
+            if "setup" in cell.metadata.get("tags", []):
+                cell.source = set_up_cell(f"git+{url}")
+        replace_text(path, nbformat.writes(notebook) + "\n")
     old = yaml.safe_load(config.read_text(encoding="utf-8"))["repository"]["url"]
-    for path in (config, ROOT / "README.md", ROOT / "CITATION.cff", *sorted(BOOK.glob("*.ipynb"))):
+    for path in (config, ROOT / "README.md", ROOT / "CITATION.cff"):
         if path.exists():
-            text = path.read_text(encoding="utf-8").replace(old, url)
-            replace_text(path, re.sub(r"(%pip install [^\n]*git\+)[^\s\"\\]+", rf"\g<1>{url}", text))
+            replace_text(path, path.read_text(encoding="utf-8").replace(old, url))
 
 
 def replace_text(path: Path, text: str) -> None:
