@@ -126,8 +126,9 @@ def test_nothing_is_folded_or_cut_on_paper(base, browser):
         assert before > 10
         page.emulate_media(media="print")
         page.wait_for_function("!document.querySelector('article details:not([open])')")
-        cut = """[...document.querySelectorAll('article *')].filter(e =>
-            !e.closest('mjx-assistive-mml') && e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX !== 'visible').map(e => e.outerHTML)"""
+        cut = """() => [...document.querySelectorAll('article *:not(mjx-assistive-mml, mjx-assistive-mml *)')].filter(
+            e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX !== 'visible')
+            .map(e => e.outerHTML)"""
         assert page.evaluate(cut) == []
         assert page.locator(".math mjx-container").count() > 5
         page.emulate_media(media="screen")
