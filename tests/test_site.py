@@ -150,6 +150,19 @@ def test_a_figure_can_be_enlarged_with_the_keyboard(base, browser):
     assert problems == []
 
 
+def test_a_finger_opens_the_contents_and_a_figure(base, browser):
+    with audit.opened(browser, base, width=390) as (page, problems):
+        audit.go(page, f"{base}book/03_soft_labels.html")
+        figure = page.locator("article figure a.image-reference").first
+        figure.tap()
+        page.locator("dialog.enlarged button").tap()
+        assert page.locator("dialog.enlarged").count() == 0
+        page.locator("button.primary-toggle").tap()
+        page.locator("dialog a", has_text="04 · The distillation loss").tap()
+        page.wait_for_url("**/04_distillation_loss.html")
+    assert problems == []
+
+
 def test_the_skip_link_leads_to_the_page_and_code_can_be_copied(base, browser):
     with audit.opened(browser, base) as (page, problems):
         audit.go(page, f"{base}book/03_soft_labels.html")
