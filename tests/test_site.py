@@ -42,6 +42,21 @@ def test_every_page_is_sound(site, base, browser):
     assert audit.broken_links(seen) == []
 
 
+def test_the_audit_sees_what_is_wrong(tmp_path, browser):
+    (tmp_path / "page.html").write_text(
+        '<!DOCTYPE html><html lang="en"><title>A page</title><script src="https://elsewhere.example/x.js"></script>'
+        '<main><article><h1>A page</h1><p style="color: #ccc; background: #fff">pale</p>'
+        '<p style="width: 2000px">wide</p>'
+        '<pre style="overflow: auto" tabindex="-1">' + "long " * 99 + "</pre></article></main></html>",
+        encoding="utf-8",
+    )
+    with audit.served(tmp_path) as base, audit.opened(browser, base) as (page, problems):
+        audit.look(page, problems, f"{base}page.html")
+    for said in ("asks for https://elsewhere.example", "axe, serious", "sticks out: <p", "wrong for the Tab key: <pre"):
+        assert any(problem.startswith(said) for problem in problems), f"{said}: {problems}"
+    assert audit.broken_links({"a.html": {"ids": ["x"], "links": ["#x", "a.html#y"]}}) == ["a.html: a.html#y"]
+
+
 @pytest.mark.parametrize(("name", "dark"), [("intro", False), ("06_evaluate", True), ("what_we_found", False)])
 def test_a_page_is_sound_on_a_narrow_screen(base, browser, name, dark):
     with audit.opened(browser, base, width=390, dark=dark) as (page, problems):
