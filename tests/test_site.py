@@ -42,6 +42,21 @@ def test_every_page_is_sound(site, base, browser):
     assert audit.broken_links(seen) == []
 
 
+def test_the_audit_sees_what_is_wrong(tmp_path, browser):
+    (tmp_path / "page.html").write_text(
+        '<!DOCTYPE html><html lang="en"><title>A page</title><script src="https://elsewhere.example/x.js"></script>'
+        '<main><article><h1>A page</h1><p style="color: #ccc; background: #fff">pale</p>'
+        '<p style="width: 2000px">wide</p>'
+        '<pre style="overflow: auto" tabindex="-1">' + "long " * 99 + "</pre></article></main></html>",
+        encoding="utf-8",
+    )
+    with audit.served(tmp_path) as base, audit.opened(browser, base) as (page, problems):
+        audit.look(page, problems, f"{base}page.html")
+    for said in ("asks for https://elsewhere.example", "axe, serious", "sticks out: <p", "wrong for the Tab key: <pre"):
+        assert any(problem.startswith(said) for problem in problems), f"{said}: {problems}"
+    assert audit.broken_links({"a.html": {"ids": ["x"], "links": ["#x", "a.html#y"]}}) == ["a.html: a.html#y"]
+
+
 @pytest.mark.parametrize(("name", "dark"), [("intro", False), ("06_evaluate", True), ("what_we_found", False)])
 def test_a_page_is_sound_on_a_narrow_screen(base, browser, name, dark):
     with audit.opened(browser, base, width=390, dark=dark) as (page, problems):
@@ -126,8 +141,9 @@ def test_nothing_is_folded_or_cut_on_paper(base, browser):
         assert before > 10
         page.emulate_media(media="print")
         page.wait_for_function("!document.querySelector('article details:not([open])')")
-        cut = """[...document.querySelectorAll('article *')].filter(e => !e.closest('mjx-assistive-mml')
-            && e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX !== 'visible').map(e => e.outerHTML)"""
+        cut = """() => [...document.querySelectorAll('article *:not(mjx-assistive-mml, mjx-assistive-mml *)')].filter(
+            e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX !== 'visible')
+            .map(e => e.outerHTML)"""
         assert page.evaluate(cut) == []
         assert page.locator(".math mjx-container").count() > 5
         page.emulate_media(media="screen")
@@ -146,6 +162,19 @@ def test_a_figure_can_be_enlarged_with_the_keyboard(base, browser):
         page.keyboard.press("Escape")
         assert page.locator("dialog.enlarged").count() == 0
         assert figure.evaluate("e => e === document.activeElement")
+    assert problems == []
+
+
+def test_a_finger_opens_the_contents_and_a_figure(base, browser):
+    with audit.opened(browser, base, width=390) as (page, problems):
+        audit.go(page, f"{base}book/03_soft_labels.html")
+        figure = page.locator("article figure a.image-reference").first
+        figure.tap()
+        page.locator("dialog.enlarged button").tap()
+        assert page.locator("dialog.enlarged").count() == 0
+        page.locator("button.primary-toggle").tap()
+        page.locator("dialog a", has_text="04 · The distillation loss").tap()
+        page.wait_for_url("**/04_distillation_loss.html")
     assert problems == []
 
 

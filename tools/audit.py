@@ -93,12 +93,10 @@ def started() -> Iterator[Browser]:
 
 @contextlib.contextmanager
 def opened(browser: Browser, base: str, *, width: int = 1280, dark: bool = False) -> Iterator[tuple[Page, list[str]]]:
-    """A page of that width, and a list that grows by what goes wrong in it."""
-    mode = "dark" if dark else "light"
-    context = browser.new_context(viewport={"width": width, "height": WIDTHS[width]}, color_scheme=mode)
-    context.add_init_script(
-        f"if (!localStorage.mode) localStorage.mode = '{mode}', localStorage.theme = '{mode}'",
-    )
+    """A page of that width, a narrow one on a touch screen, and a list that grows by what goes wrong in it."""
+    mode, screen = "dark" if dark else "light", {"width": width, "height": WIDTHS[width]}
+    context = browser.new_context(viewport=screen, has_touch=width < 500, color_scheme=mode)
+    context.add_init_script(f"localStorage.mode ||= '{mode}'; localStorage.theme ||= '{mode}'")
     page, problems = context.new_page(), []
     page.on("request", lambda request: leaves(request.url, base) and problems.append(f"asks for {request.url}"))
     page.on("response", lambda r: r.status >= 400 and problems.append(f"{r.url} answers {r.status}"))

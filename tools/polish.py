@@ -15,7 +15,7 @@ from bs4 import BeautifulSoup, Tag
 
 # What no page loads: source maps, icons as a script (they come from the font), fonts for old browsers, translations.
 UNUSED = ("*.map", "scripts/fontawesome.js*", "vendor/**/*.ttf", "locales", "*webpack-macros.html")
-UNUSED_SCRIPTS = re.compile(r"scripts/fontawesome\.js|/(searchtools|language_data|searchindex)\.js")
+FOR_SEARCH = re.compile(r"(searchtools|language_data|searchindex)\.js")
 NOT_PROSE = ".headerlink, .highlight, .cell, .stamp, .caption-number, .ways, div.math, table, script"
 HOME = "book/intro.html"
 # On the address of the site itself there is no page, but the way to the first.
@@ -90,8 +90,9 @@ def finish_head(soup: BeautifulSoup, *, is_search: bool) -> None:
     """Each script once and only where it is used, one viewport, and the book's name once in the title."""
     seen = set()
     for script in soup.find_all("script"):
-        said = script.get("src") or script.string
-        if said in seen or (UNUSED_SCRIPTS.search(script.get("src", "")) and not keeps(script, is_search)):
+        said = script.get("src") or script.string or ""
+        unused = "fontawesome" in said or (FOR_SEARCH.search(said) and not is_search)
+        if said in seen or unused:
             script.decompose()
         seen.add(said)
     for tag in soup.find_all("meta", attrs={"name": "viewport"})[1:]:
@@ -107,11 +108,6 @@ def finish_head(soup: BeautifulSoup, *, is_search: bool) -> None:
     if is_search:
         for name in ("search.js", "sections.js"):
             soup.head.append(soup.new_tag("script", src=f"_static/{name}", defer=""))
-
-
-def keeps(script: Tag, is_search: bool) -> bool:
-    """Whether the page of the search needs this script."""
-    return is_search and "fontawesome" not in script["src"]
 
 
 def finish_body(soup: BeautifulSoup) -> None:

@@ -124,7 +124,8 @@ def site_settings() -> dict:
         config["html"] |= {"use_repository_button": True, "use_issues_button": True, "baseurl": site}
         config["launch_buttons"] = {"colab_url": "https://colab.research.google.com"}
         sphinx["extensions"].append("sphinx_sitemap")
-        sphinx |= {"sitemap_url_scheme": "{link}", "ogp_site_url": site, "notfound_urls_prefix": f"/{name}/"}
+        sphinx |= {"sitemap_url_scheme": "{link}", "sitemap_excludes": ["search.html", "404.html"]}
+        sphinx |= {"ogp_site_url": site, "notfound_urls_prefix": f"/{name}/"}
     else:
         del config["repository"]
     return config
