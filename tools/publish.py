@@ -2,6 +2,7 @@
 
 python tools/publish.py --profile quick --chapters "02 05"     # make publish PROFILE=quick CHAPTERS="02 05"
 python tools/publish.py --profile full --chapters 03 --composed       # from the published records, without a GPU
+python tools/publish.py --profile full --chapters 15 --measured-here  # the published students, timed on this machine
 python tools/publish.py tidied --before COMMIT --chapters "02 04"     # carry outputs over to rewritten chapters
 """
 
@@ -68,7 +69,7 @@ def publish(options: argparse.Namespace) -> None:
         if page:
             notebook = execute(chapter, RUNS / "publish" / profile.name / chapter.path.name, {}, profile.name)
         else:
-            notebook = executed(chapter, profile.name, composed=options.composed)
+            notebook = executed(chapter, profile.name, composed=options.composed, measured_here=options.measured_here)
             notebooks.write(notebook, chapter.path)
         print(f"{say}: {notebook.metadata[STAMP]['seconds']:.0f} s", flush=True)
         if options.composed:
@@ -138,22 +139,23 @@ def check_composable(chapter: Chapter) -> None:
             )
 
 
-def executed(chapter: Chapter, profile: str, *, composed: bool) -> NotebookNode:
+def executed(chapter: Chapter, profile: str, *, composed: bool, measured_here: bool = False) -> NotebookNode:
     """The executed notebook with its whole stamp."""
-    parameters = {"start_from": "published"} if composed else {}
+    parameters = {"start_from": "published"} if composed or measured_here else {}
     try:
         depends_on = stale.stamp(chapter, profile)
     except stale.CanaryError as error:
         raise Failed(str(error)) from error
     notebook = execute(chapter, RUNS / "publish" / chapter.path.name, parameters, profile)
     stamp = notebook.metadata[STAMP] | depends_on
-    del stamp["parameters"]
+    if not measured_here:
+        del stamp["parameters"]
     if composed:
         measured = artefacts.record(BOOK / "published" / profile / "histories.json")["provenance"]
         here = {name: stamp[name] for name in ("device", "date", "commit")}
         stamp |= {name: measured[name] for name in ("device", "date", "versions")}
         stamp |= {"commit": measured.get("commit"), "composed": here}
-        notebooks.without(notebook, "injected-parameters")  # the cell that says start_from="published"
+    notebooks.without(notebook, "injected-parameters")  # the cell that says start_from="published"
     notebook.metadata[STAMP] = stamp
     return notebook
 
@@ -221,6 +223,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--records", action="store_true", help="no chapter, only the records of the run in outputs/")
     parser.add_argument("--composed", action="store_true", help="from the published records, on any machine")
+    parser.add_argument(
+        "--measured-here", action="store_true", help="from the published students, of which this machine is measured"
+    )
     tidied.add_command(parser.add_subparsers(metavar="tidied"))
     options = parser.parse_args(arguments)
     return exit_status(options.action, options)
