@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import platform
 import time
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from kdlib import gpu
 from kdlib.data import ImageSet
 from kdlib.losses import at_least_float32
-from kdlib.records import artefacts
+from kdlib.records.documents import load_document, save_document
 
 BINS = 15  # of confidence, for calibration
 ROLES = ("teacher", "student", "distilled")
@@ -186,7 +185,7 @@ def save_results(path: Path, profile: str, dataset: str, runs: list[dict]) -> di
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "runs": runs,
     }
-    artefacts.save_json(path, results)
+    save_document(path, results)
     return results
 
 
@@ -199,11 +198,8 @@ def load_results(path: Path) -> dict:
     """
     if not path.exists():
         raise FileNotFoundError(f"results {path} are not there: run chapter 06 first")
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"profile", "dataset", "runs"} - results.keys()
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a results file ({error}): run chapter 06 again") from error
+    results = load_document(path, "results file", "run chapter 06 again")
+    missing = {"profile", "dataset", "runs"} - results.keys()
     if missing:
         raise ValueError(f"{path} is not a results file (no {', '.join(sorted(missing))}): run chapter 06 again")
     return results

@@ -25,12 +25,14 @@ from kdlib.losses import distillation_loss
 from kdlib.models import build
 from kdlib.profiles import Profile
 from kdlib.records import artefacts
+from kdlib.records.documents import load_document, save_document
 from kdlib.records.fetch import published_file
 from kdlib.soft_labels import SoftLabels, load_or_generate, load_soft_labels
 from kdlib.train import History, load_or_train
 
 # the settings that decide what a network or a figure of a run is; n_seeds and students only choose among them
 DECISIVE = ("dataset", "limit", "teacher", "teacher_recipe", "student_recipe", "temperature", "alpha", "beta", "views")
+FIGURES = "file of figures", "delete it and run its chapters again"  # what measured.json is, and how to mend it
 
 
 @dataclasses.dataclass
@@ -141,7 +143,7 @@ def measured(settings: Profile, name: str, compute: Callable[[], object]) -> obj
         made_from = artefacts.record(path)["fingerprint"] if path else {}
         if made_from.get("settings") != described(settings) or made_from.get("n_seeds") not in (None, settings.n_seeds):
             path = None
-        values = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        values = load_document(path, *FIGURES) if path else {}
         if name not in values:
             print(
                 f"{name}: not recorded at profile {settings.name} with these settings; it needs the networks "
@@ -149,8 +151,9 @@ def measured(settings: Profile, name: str, compute: Callable[[], object]) -> obj
             )
         return values.get(name)
     path, value = settings.folder / "measured.json", json.loads(json.dumps(compute()))
-    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    artefacts.save_json(path, values | {name: value})
+    with artefacts.lock(path):
+        values = load_document(path, *FIGURES) if path.exists() else {}
+        save_document(path, values | {name: value})
     return value
 
 

@@ -164,10 +164,11 @@ def load_or_generate(
     """
     folder, views = Path(folder), data.resolve_views(views)
     made_from = {"data": data.identity, "views": views, "teacher": LiveTeacher(teacher).identity}
-    path = artefacts.find(folder, file, made_from)
-    if path is None:
-        artefacts.check_writable(folder)  # shows itself before the teacher runs, not after it
+    with artefacts.reserve(folder, file, made_from) as path:
+        if path:
+            return load_soft_labels(path, data)
         path, start = folder / file, time.perf_counter()
+        artefacts.check_room(path, 2 * views * len(data) * data.classes)  # before the teacher runs, not after it
         logits = generate(teacher, data, views, device=device, progress=progress)
         made = artefacts.provenance(gpu.pick_device(device), time.perf_counter() - start)
         artefacts.save_array(path, logits, fingerprint=made_from, provenance=made)

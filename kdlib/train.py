@@ -21,7 +21,7 @@ from kdlib.data import Batch, ImageSet, Targets, batches, cutout, mixup, steps_p
 from kdlib.evaluate import predict_logits
 from kdlib.models import build
 from kdlib.records import artefacts
-from kdlib.records.checkpoint import Checkpoint
+from kdlib.records.checkpoint import Checkpoint, remove_checkpoint
 from kdlib.records.fingerprint import fingerprint
 from kdlib.records.identity import IdentityError, digest, identify
 
@@ -118,8 +118,8 @@ def train(
         targets: the teacher's logits for a batch: :class:`kdlib.SoftLabels`, :class:`kdlib.LiveTeacher`, or any
             function of a :class:`kdlib.data.Batch`.
         validation: its accuracy is measured after every epoch. Nothing is chosen by it here.
-        checkpoint: the unfinished run's file, written at most once a minute and removed at the end. If it is there,
-            the run goes on from it.
+        checkpoint: the unfinished run's file, written at most once a minute. If it is there, the run goes on from it.
+            It stays at the end, so that nothing is lost before you have saved the network: delete it then.
         progress: show a bar (``TQDM_DISABLE=1`` in the environment silences it too).
         fast: False turns off all that :mod:`kdlib.gpu` does for speed; on a CPU that is nothing.
 
@@ -161,7 +161,7 @@ def train(
     per_epoch = steps_per_epoch(data, recipe.batch_size)
     steps = recipe.epochs * per_epoch
     start = time.perf_counter() - (history.seconds[-1] if history.seconds else 0)
-    with progress_bar(recipe.epochs, progress, len(history.loss)) as bar, gpu.tuned_convolutions(device):
+    with run, progress_bar(recipe.epochs, progress, len(history.loss)) as bar, gpu.tuned_convolutions(device):
         for epoch in range(len(history.loss), recipe.epochs):
             model.train()
             # kept on the device and read once per epoch: a look every step would make the GPU wait for Python
@@ -180,7 +180,6 @@ def train(
             bar.set_postfix(history.last(), refresh=False)
             bar.update()
             run.save(asdict(history))
-    run.remove()
     return history
 
 
@@ -211,21 +210,25 @@ def load_or_train(
     model = build(network, data.classes, data.channels, seed=recipe.seed)
     check_fits(model, data)
     made_from = fingerprint(network, data, loss_fn, recipe, targets, model=model)
-    if path := artefacts.find(folder, file, made_from):
-        artefacts.load_weights(path, model)
-        history = artefacts.record(path).get("history") or {}
-        return Trained(model.to(device).eval(), History(**history), made_from, path)
-    artefacts.check_writable(folder)  # shows itself before the training, not after it
     partial = (folder / file).with_suffix(f".{digest(made_from)}.partial")
-    options = {"validation": validation, "device": device, "progress": progress, "fast": fast}
-    history = train(model, data, loss_fn, recipe, targets=targets, checkpoint=partial, **options)
-    if identify(loss_fn) != made_from["loss_fn"]:
-        raise IdentityError(
-            f"loss_fn changed while {file} was trained, so nothing could tell what the weights were made from, and "
-            "they were not saved: bind what it reads with functools.partial"
-        )
-    made = {"history": asdict(history), "provenance": artefacts.provenance(device, history.seconds[-1])}
-    artefacts.save_weights(folder / file, model, fingerprint=made_from, format=data.format, **made)
+    with artefacts.reserve(folder, file, made_from) as path:
+        if path:
+            artefacts.load_weights(path, model)
+            remove_checkpoint(partial)  # of a run that was stopped when it had just saved its network
+            history = artefacts.record(path).get("history") or {}
+            return Trained(model.to(device).eval(), History(**history), made_from, path)
+        size = sum(tensor.nbytes for tensor in model.state_dict().values())
+        artefacts.check_room(folder / file, size)  # a full disk shows itself before the training, not after it
+        options = {"validation": validation, "device": device, "progress": progress, "fast": fast}
+        history = train(model, data, loss_fn, recipe, targets=targets, checkpoint=partial, **options)
+        if identify(loss_fn) != made_from["loss_fn"]:
+            raise IdentityError(
+                f"loss_fn changed while {file} was trained, so nothing could tell what the weights were made from, and "
+                "they were not saved: bind what it reads with functools.partial"
+            )
+        made = {"history": asdict(history), "provenance": artefacts.provenance(device, history.seconds[-1])}
+        artefacts.save_weights(folder / file, model, fingerprint=made_from, format=data.format, **made)
+        remove_checkpoint(partial)  # not before: without it, what is not saved yet would be lost
     return Trained(model.eval(), history, made_from, folder / file)
 
 

@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import json
+import os
 import pickle
 import platform
 import re
@@ -14,7 +15,6 @@ import torch
 from torch import nn
 
 from kdlib import Recipe, build, load_or_train
-from kdlib.records import artefacts
 from kdlib.records.artefacts import (
     atomic_write,
     base_folder,
@@ -399,7 +399,7 @@ def test_a_file_that_cannot_be_renamed_is_named_and_kept(tmp_path, monkeypatch, 
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(artefacts.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(
         OSError, match=r"a\.npy is not what this run needs \(recipe\.epochs is 2.*cannot be renamed: .*denied"
     ):

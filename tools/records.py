@@ -104,9 +104,7 @@ def remove_outdated(folder: Path, weights: set[str]) -> None:
 
 def keep(path: Path, content: bytes, fingerprint: dict, provenance: dict, **more: object) -> None:
     """Write a file to publish and its record, in place of what was published before."""
-    with artefacts.atomic_write(path) as partial:
-        partial.write_bytes(content)
-    artefacts.save_record(path, fingerprint, provenance=provenance, **more)
+    artefacts.save_bytes(path, content, fingerprint=fingerprint, provenance=provenance, **more)
 
 
 def array_bytes(array: np.ndarray) -> bytes:

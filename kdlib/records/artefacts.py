@@ -3,6 +3,10 @@
 Beside each file lies its record, ``<file>.json``: the *fingerprint* (what the file was made from: this is matched), the
 *SHA-256* of its bytes, the *provenance* (how, when and where) and whatever else is known. A file that does not match is
 never used and never overwritten: it is renamed to a backup.
+
+The record is what makes a file count. It is written last, and an older one is deleted before the file that it describes
+is replaced; so whatever interrupts the saving, no file lies beside a record that is not its own. A record holds a
+checksum of itself.
 """
 
 from __future__ import annotations
@@ -10,54 +14,34 @@ from __future__ import annotations
 import contextlib
 import datetime
 import difflib
+import glob
 import hashlib
-import json
-import os
+import io
 import pickle
 import platform
 import uuid
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import nn
 
 from kdlib.gpu import device_name
+from kdlib.records.documents import as_read, as_text, differences, read_document, save_document, save_json, sealed  # noqa: F401
+from kdlib.records.files import (  # noqa: F401  what others ask this module for
+    atomic_write,
+    check_room,
+    check_writable,
+    file_digest,
+    lock,
+    remove,
+    replace,
+    sync,
+    temporary,
+)
 from kdlib.records.identity import digest
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends, and vanishes when it fails.
-
-    So a file is there as a whole or not at all, whatever interrupts the writing.
-
-    Raises:
-        OSError: the folder cannot be written; the message names it and the setting that chooses another.
-    """
-    check_writable(path.parent)
-    partial = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def check_writable(folder: Path) -> None:
-    """Make `folder` if it is not there yet; OSError if nothing can be written to it."""
-    probe = folder / f".{uuid.uuid4().hex}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(
-            f"{folder} cannot be written ({error.strerror or error}): choose another folder for artefacts with "
-            "KDLIB_OUTPUTS, or for data sets with KDLIB_DATA"
-        ) from error
 
 
 def short_reason(error: Exception) -> str:
@@ -69,12 +53,6 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     """``"; did you mean 'quick'?"`` for a name that is close to one of the known ones; otherwise empty."""
     near = difflib.get_close_matches(str(name), list(known), 1)
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def provenance(device: torch.device | str, seconds: float) -> dict:
@@ -98,12 +76,22 @@ def find(folder: Path, name: str, fingerprint: dict) -> Path | None:
     is what is wanted now gets its name back.
     """
     path, base = folder / name, base_folder(folder) / name
+    _finish_renaming(path)
     _make_room(path, fingerprint)
-    backup = _backup(path, _through_json(fingerprint))
+    backup = _backup(path, as_read(fingerprint))
     if not path.exists() and backup.exists() and not _mismatch(backup, fingerprint):
-        os.replace(backup, path)
-        os.replace(record_path(backup), record_path(path))
+        _rename(backup, path)
     return next((p for p in (path, base) if p.exists() and not _mismatch(p, fingerprint)), None)
+
+
+@contextlib.contextmanager
+def reserve(folder: Path, name: str, fingerprint: dict) -> Iterator[Path | None]:
+    """What :func:`find` finds; and in the block no other process makes the file `name` in `folder`."""
+    if not folder.exists() and (path := find(folder, name, fingerprint)):
+        yield path  # of the profile's own folder: this one need not be made, as for a lock
+    else:
+        with lock(folder / name):
+            yield find(folder, name, fingerprint)
 
 
 def base_folder(folder: Path) -> Path:
@@ -118,23 +106,39 @@ def record_path(path: Path) -> Path:
 
 
 def record(path: Path) -> dict:
-    """The record of a file: its fingerprint, SHA-256, provenance and, of a trained network, history; {} without one."""
+    """The record of a file: its fingerprint, SHA-256, provenance and, of a trained network, history.
+
+    {} without one, or if it is damaged.
+    """
     try:
-        found = json.loads(record_path(path).read_text(encoding="utf-8"))
+        return read_document(record_path(path))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def save_record(path: Path, fingerprint: dict, **more: object) -> None:
     """Write the record of a file: its fingerprint, the SHA-256 of its bytes, and whatever else is known."""
-    save_json(record_path(path), {"fingerprint": fingerprint, "sha256": file_digest(path), **more})
+    save_document(record_path(path), {"fingerprint": fingerprint, "sha256": file_digest(path), **more})
 
 
-def check_content(path: Path) -> None:
-    """Raise ValueError if a file's SHA-256 is not the one in its record; a legacy record has none."""
-    expected = record(path).get("sha256")
-    if expected is not None and (found := file_digest(path)) != expected:
+def check_content(path: Path, file: BinaryIO | None = None) -> None:
+    """Raise ValueError if a file's SHA-256 is not the one in its record; a legacy record has none.
+
+    Args:
+        file: the file, opened, if its content has been read: what was read is what is verified.
+    """
+    known = record(path)
+    if not known and record_path(path).exists():
+        raise ValueError(
+            f"{record_path(path)} is damaged, so that nothing tells whether {path.name} is as it was saved: delete "
+            "both and run their chapter again"
+        )
+    if (expected := known.get("sha256")) is None:
+        return
+    if file:
+        file.seek(0)
+    found = hashlib.file_digest(file, "sha256").hexdigest() if file else file_digest(path)
+    if found != expected:
         raise ValueError(
             f"{path} has changed since it was saved: its SHA-256 is {found}, its record says {expected}; delete it and "
             "run its chapter again"
@@ -143,10 +147,9 @@ def check_content(path: Path) -> None:
 
 def save_weights(path: Path, model: nn.Module, *, fingerprint: dict, **more: object) -> None:
     """Write the network's tensors and their record, with whatever else is known of it: history, provenance."""
-    _make_room(path, fingerprint)
-    with atomic_write(path) as partial:
-        torch.save({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, partial)
-    save_record(path, fingerprint, **more)
+    content = io.BytesIO()  # not a file: torch writes its name into it, and hides the reason if the disk is full
+    torch.save({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, content)
+    _save(path, lambda file: file.write(content.getbuffer()), fingerprint, more)
 
 
 def load_weights(path: Path, model: nn.Module) -> nn.Module:
@@ -159,7 +162,9 @@ def load_weights(path: Path, model: nn.Module) -> nn.Module:
     if not path.exists():
         raise FileNotFoundError(f"weights {path} are not there: run the chapter that trains this network first")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            changed = _changed(path, file)
         if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
             raise ValueError("it holds something other than named tensors")
     except Exception as error:  # torch raises many kinds for a damaged file, and UnpicklingError for a foreign one
@@ -169,7 +174,8 @@ def load_weights(path: Path, model: nn.Module) -> nn.Module:
             f"{path} is not a weights file ({reason}): expected named tensors as torch.save(model.state_dict()) "
             "writes them; if it was cut off, delete it and run its chapter again"
         ) from error
-    check_content(path)
+    if changed:
+        raise changed
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -183,10 +189,17 @@ def load_weights(path: Path, model: nn.Module) -> nn.Module:
 
 def save_array(path: Path, array: np.ndarray, *, fingerprint: dict, **more: object) -> None:
     """Write an array and its record, with whatever else is known of it: provenance."""
-    _make_room(path, fingerprint)
-    with atomic_write(path) as partial, open(partial, "wb") as file:
-        np.save(file, array, allow_pickle=False)
-    save_record(path, fingerprint, **more)
+    _save(path, lambda file: np.save(file, array, allow_pickle=False), fingerprint, more)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, fingerprint: dict, **more: object) -> None:
+    """Write an archive of arrays (``.npz``) and its record."""
+    _save(path, lambda file: np.savez(file, **arrays), fingerprint, more)
+
+
+def save_bytes(path: Path, content: bytes, *, fingerprint: dict, **more: object) -> None:
+    """Write a file and its record, in place of what was there before."""
+    _save(path, lambda file: file.write(content), fingerprint, more, backup=False)
 
 
 def load_array(path: Path) -> np.ndarray:
@@ -201,21 +214,44 @@ def load_array(path: Path) -> np.ndarray:
     try:
         with open(path, "rb") as file:  # np.load leaves a damaged file open
             array = np.load(file, allow_pickle=False)
+            changed = _changed(path, file)
         if not isinstance(array, np.ndarray):
             raise ValueError("it is an archive")
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy raises many kinds for a damaged header, tokenize.TokenError among them
         raise ValueError(
             f"{path} is not an array file ({error}): expected .npy without Python objects; if it was cut off, delete "
             "it and run its chapter again"
         ) from error
-    check_content(path)
+    if changed:
+        raise changed
     return array
 
 
-def save_json(path: Path, value: object) -> None:
-    """Write a value as JSON, as a whole."""
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+def _changed(path: Path, file: BinaryIO) -> ValueError | None:
+    """The error of :func:`check_content`, for later: what is wrong with the file itself is to be said first."""
+    try:
+        check_content(path, file)
+    except ValueError as error:
+        return error
+    return None
+
+
+def _save(
+    path: Path, write: Callable[[BinaryIO], object], fingerprint: dict, more: dict, *, backup: bool = True
+) -> None:
+    """Write a file and its record; at no time does one of them lie beside another's."""
+    with temporary(path) as content, temporary(record_path(path)) as known:
+        with open(content, "wb") as file:
+            write(file)
+        about = {"fingerprint": fingerprint, "sha256": file_digest(content), **more}
+        known.write_text(as_text(sealed(about)), encoding="utf-8")
+        sync(content)
+        sync(known)  # there is room for both; from here on only names change
+        if backup:
+            _make_room(path, fingerprint)
+        remove(record_path(path))
+        replace(content, path)
+        replace(known, record_path(path))
 
 
 def _backup(path: Path, fingerprint: dict | None) -> Path:
@@ -231,32 +267,31 @@ def _make_room(path: Path, fingerprint: dict) -> None:
     if backup.exists():  # there is such a backup already, or nothing tells what this file was made from
         backup = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
-        os.replace(path, backup)
-        if record_path(path).exists():
-            os.replace(record_path(path), record_path(backup))
+        _rename(path, backup)
     except OSError as error:
         raise OSError(f"{path} is not what this run needs ({reasons}) and cannot be renamed: {error}") from error
     print(f"{path} is not what this run needs ({reasons}); kept as {backup.name}")
 
 
-def _through_json(fingerprint: dict) -> dict:
-    """A fingerprint as a record gives it back: tuples are lists there."""
-    return json.loads(json.dumps(fingerprint))
+def _rename(path: Path, to: Path) -> None:
+    """Rename a file and its record: the record first, so that :func:`_finish_renaming` knows where the file belongs."""
+    if record_path(path).exists():
+        replace(record_path(path), record_path(to))
+    replace(path, to)
+
+
+def _finish_renaming(path: Path) -> None:
+    """Of `path` and its backups, rename a file without record to where a record without file has its SHA-256."""
+    names = [path, *path.parent.glob(f"{glob.escape(path.stem)}.*{path.suffix}")]
+    lonely = [file for file in names if file.is_file() and not record_path(file).exists()]
+    records = [record_path(path), *path.parent.glob(f"{glob.escape(path.stem)}.*{path.suffix}.json")]
+    waiting = {record(f).get("sha256"): f for r in records if r.exists() and not (f := r.with_suffix("")).exists()}
+    for file in lonely if waiting else ():
+        if to := waiting.pop(file_digest(file), None):
+            replace(file, to)
 
 
 def _mismatch(path: Path, fingerprint: dict) -> str:
-    return _differences(record(path).get("fingerprint"), _through_json(fingerprint))
-
-
-def _differences(found: object, wanted: dict, prefix: str = "") -> str:
-    """In words, where two fingerprints differ; empty if they do not."""
-    if not isinstance(found, dict):
-        return "it has no record of what it was made from"
-    reasons = []
-    for key in sorted(found.keys() | wanted.keys()):
-        a, b = (fingerprint.get(key, "missing") for fingerprint in (found, wanted))
-        if isinstance(a, dict) and isinstance(b, dict):
-            reasons.append(_differences(a, b, f"{prefix}{key}."))
-        elif a != b:
-            reasons.append(f"{prefix}{key} is {a}, not {b}")
-    return "; ".join(r for r in reasons if r)
+    if not (known := record(path)) and record_path(path).exists():
+        return "its record is damaged"
+    return differences(known.get("fingerprint"), as_read(fingerprint))
