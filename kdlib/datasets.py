@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kdlib.data import Data, ImageSet, mean_and_std
-from kdlib.records.artefacts import atomic_write, did_you_mean
+from kdlib.records.artefacts import did_you_mean
 from kdlib.sources.arrays import checked, read_npz
 from kdlib.sources.folders import read_folder
 from kdlib.sources.indexed import alike, common_names, in_order, read_indexed
@@ -24,6 +24,7 @@ from kdlib.sources.known import DATA_SETS, OWN
 from kdlib.sources.order import put_in_order
 from kdlib.sources.pictures import all_resized, whole_number
 from kdlib.sources.splits import Part, check_complete, described, part_of, split_rows, within
+from kdlib.sources.stored import read_stored
 
 
 def data_folder() -> Path:
@@ -66,7 +67,7 @@ def load_data(
     """
     size = whole_number("size", size, 2)
     if isinstance(name, str) and name in DATA_SETS:
-        label, arrays, source, remarks = name, _read_stored(name), DATA_SETS[name], []
+        label, arrays, source, remarks = name, read_stored(name, data_folder()), DATA_SETS[name], []
     else:
         label, arrays, remarks = _read_own(name, size)
         source = OWN
@@ -160,25 +161,3 @@ def _read_own(name: str | os.PathLike, size: int | None) -> tuple[str, dict[str,
         f"data set {str(name)!r} is unknown: expected one of {', '.join(DATA_SETS)}, the path of an .npz file, or "
         f"the path of a folder with train/<class>/ and test/<class>/{did_you_mean(str(name), DATA_SETS)}"
     )
-
-
-def _read_stored(name: str) -> dict[str, np.ndarray]:
-    """One of ``DATA_SETS`` from its file, which is downloaded and written if it is not there."""
-    if name == "digits":
-        return DATA_SETS[name].load(data_folder())  # it comes with scikit-learn: nothing to download, nothing to keep
-    path = data_folder() / f"{name}.npz"
-    if path.exists():
-        return read_npz(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = DATA_SETS[name].load(path.parent)
-    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError if no mirror responds
-        raise FileNotFoundError(
-            f"data set {name!r}: {path} is not there, and downloading it failed ({error}). Either let this machine "
-            f"reach the network once, or put the file there from another machine, or set KDLIB_DATA to the folder "
-            f"that holds {name}.npz"
-        ) from error
-    put_in_order(arrays)
-    with atomic_write(path) as partial:
-        np.savez(partial, **arrays)
-    return arrays

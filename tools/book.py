@@ -100,26 +100,28 @@ def run(options: argparse.Namespace) -> tuple[profiles.Profile, dict[Chapter, No
     given = read_parameters(options.params, chapters(options.chapters))
     profile = resolve(options.profile, given)
     set_environment(profile.name)
-    done, outcome, start = {}, "interrupted", time.perf_counter()
-    try:
-        for say, chapter in one_by_one(list(given)):
-            print(say, "…", flush=True)
-            output = RUNS / profile.folder.name / chapter.path.name
-            done[chapter] = execute(chapter, output, given[chapter], profile.name)
-            print(f"{say}: {done[chapter].metadata[STAMP]['seconds']:.0f} s", flush=True)
-        outcome = "done"
-    except Failed as error:
-        outcome = f"failed: {error}"
-        raise
-    finally:
-        sweep.record(profile, given, outcome, time.perf_counter() - start)
+    with artefacts.lock(RUNS / profile.folder.name):
+        done, outcome, start = {}, "interrupted", time.perf_counter()
+        try:
+            for say, chapter in one_by_one(list(given)):
+                print(say, "…", flush=True)
+                output = RUNS / profile.folder.name / chapter.path.name
+                done[chapter] = execute(chapter, output, given[chapter], profile.name)
+                print(f"{say}: {done[chapter].metadata[STAMP]['seconds']:.0f} s", flush=True)
+            outcome = "done"
+        except Failed as error:
+            outcome = f"failed: {error}"
+            raise
+        finally:
+            sweep.record(profile, given, outcome, time.perf_counter() - start)
     return profile, done
 
 
 def book(options: argparse.Namespace) -> None:
     """Run, render what was run, and print the table of results and where the page is."""
     profile, done = run(options)
-    page = render_book(RUNS / profile.folder.name, done, strict=False)
+    with artefacts.lock(RUNS / profile.folder.name):
+        page = render_book(RUNS / profile.folder.name, done, strict=False)
     if any(chapter.number == "06" for chapter in done):
         results = evaluate.load_results(profile.folder / "results.json")
         print("\n" + plots.text_table(*evaluate.results_rows(results)))

@@ -42,6 +42,7 @@ from records import keep, keep_run
 import book
 from kdlib import evaluate, lab, plots, profiles
 from kdlib.records import artefacts
+from kdlib.records.documents import save_document
 
 
 def publish(options: argparse.Namespace) -> None:
@@ -193,7 +194,7 @@ def shown_results(results: dict, picture: str) -> str:
 
 def fill_findings(rows: dict) -> None:
     """Keep a chapter's rows in book/published, and write the pages of verdicts and of advice anew from all of them."""
-    artefacts.save_json(BOOK / "published" / rows["profile"] / f"{rows['experiment']}.json", rows)
+    save_document(BOOK / "published" / rows["profile"] / f"{rows['experiment']}.json", rows)
     fill_pages()
 
 

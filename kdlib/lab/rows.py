@@ -10,7 +10,6 @@ import base64
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -20,6 +19,7 @@ import numpy as np
 
 from kdlib import gpu
 from kdlib.records import artefacts
+from kdlib.records.documents import read_document, save_document
 
 Job = tuple[str, int]  # case, seed
 ABOUT_A_ROW = ("case", "seed", "fingerprint", "made_from", "sha256", "device", "seconds")  # all else are its measures
@@ -39,9 +39,9 @@ class RowStore:
     def __init__(self, path: Path, **about: object):
         self.path, self.about = Path(path), about
         self.rows: list[dict] = []  # those asked for, measured in this run or before
-        saved = load(self.path) if self.path.exists() else {"rows": []}
-        self._saved, self._claims = saved["rows"], saved.get("claims", [])
-        self._backed_up = False
+        self._read()
+        self._before = list(self._saved)  # the rows that were there when this run began
+        self._kept: list[dict] = []  # those that are in a backup
 
     def measure(
         self, case: str, seeds: Sequence[int], run: Callable[[int], Mapping], *, made_from: Mapping
@@ -81,18 +81,22 @@ class RowStore:
             group: splits the jobs that are missing into those that one call of `run` measures; by default one per call.
         """
         fingerprints = {job: artefacts.digest(made_from) for job, made_from in wanted.items()}
-        missing = [job for job, fingerprint in fingerprints.items() if self._find(job, fingerprint) is None]
-        for jobs in group(missing) if group else [[job] for job in missing]:
-            start = time.perf_counter()
-            measured = run(jobs)
-            seconds = (time.perf_counter() - start) / len(jobs)
-            self._save([_row(j, fingerprints[j], seconds, m) for j, m in zip(jobs, measured, strict=True)])
+        with artefacts.lock(self.path):  # a second run of the same experiment waits, and finds these rows measured
+            self._read()
+            missing = [job for job, fingerprint in fingerprints.items() if self._find(job, fingerprint) is None]
+            for jobs in group(missing) if group else [[job] for job in missing]:
+                start = time.perf_counter()
+                measured = run(jobs)
+                seconds = (time.perf_counter() - start) / len(jobs)
+                self._save([_row(j, fingerprints[j], seconds, m) for j, m in zip(jobs, measured, strict=True)])
         rows = {job: self._find(job, fingerprint) for job, fingerprint in fingerprints.items()}
         self.rows += [row for row in rows.values() if row not in self.rows]
         return rows
 
     def finish(self, claims: Sequence = ()) -> dict:
         """Write the file with only the rows that were asked for and the claims, and return its content.
+
+        Rows of other cases that another run has added since this one began stay in the file too.
 
         Args:
             claims: of :class:`kdlib.lab.Claim`.
@@ -104,11 +108,21 @@ class RowStore:
         for claim in experiment["claims"]:
             for c in claim["comparisons"]:
                 weighted(experiment, c["measure"], c["weights"])
-        if any(row not in self.rows for row in self._saved):
-            self._back_up()
-        artefacts.save_json(self.path, experiment)
-        self._claims = experiment["claims"]
+        with artefacts.lock(self.path):
+            self._read()
+            cases = {row["case"] for row in self.rows}
+            others = [row for row in self._saved if row["case"] not in cases and row not in self._before]
+            self._back_up([row for row in self._saved if row not in self.rows and row not in others])
+            save_document(self.path, experiment | {"rows": experiment["rows"] + others})
+            self._saved, self._claims = experiment["rows"] + others, experiment["claims"]
         return experiment
+
+    def _read(self) -> None:
+        """What is in the file now, and of this run's rows those that another run has removed from it."""
+        saved = load(self.path) if self.path.exists() else {"rows": []}
+        taken = {(row["case"], row["seed"]) for row in saved["rows"]}
+        mine = [row for row in self.rows if (row["case"], row["seed"]) not in taken]
+        self._saved, self._claims = saved["rows"] + mine, saved.get("claims", [])
 
     def _find(self, job: Job, fingerprint: str) -> dict | None:
         """The row in the file, if it was made from the same; a legacy row never was."""
@@ -117,19 +131,19 @@ class RowStore:
 
     def _save(self, rows: list[dict]) -> None:
         replaced = {(row["case"], row["seed"]) for row in rows}
-        kept = [row for row in self._saved if (row["case"], row["seed"]) not in replaced]
-        if len(kept) < len(self._saved):
-            self._back_up()
-        self._saved = kept + rows
-        artefacts.save_json(self.path, self._content(self._saved, self._claims))
+        self._back_up([row for row in self._saved if (row["case"], row["seed"]) in replaced])
+        self._saved = [row for row in self._saved if (row["case"], row["seed"]) not in replaced] + rows
+        save_document(self.path, self._content(self._saved, self._claims))
 
-    def _back_up(self) -> None:
-        """Keep a copy of the file as it was before this run, once."""
-        if self.path.exists() and not self._backed_up:
-            backup = self.path.with_name(f"{self.path.stem}.{artefacts.digest(load(self.path)['rows'])}.json")
-            shutil.copy(self.path, backup)
-            print(f"{self.path.name} holds measurements that this run does not ask for; kept as {backup.name}")
-        self._backed_up = True
+    def _back_up(self, dropped: list[dict]) -> None:
+        """Keep a copy of the file if rows that no copy holds are about to leave it."""
+        if all(row in self._kept for row in dropped):
+            return
+        backup = self.path.with_name(f"{self.path.stem}.{artefacts.digest(self._saved)}.json")
+        content = load(self.path) if self.path.exists() else self._content([], self._claims)
+        save_document(backup, content | {"rows": self._saved})
+        self._kept += self._saved
+        print(f"{self.path.name} holds measurements that this run does not ask for; kept as {backup.name}")
 
     def _content(self, rows: list[dict], claims: list[dict]) -> dict:
         made = artefacts.provenance("cpu", 0)
@@ -151,7 +165,7 @@ def load(path: Path) -> dict:
     if not path.exists():
         raise FileNotFoundError(f"measurements {path} are not there: run the chapter that makes them first")
     try:
-        experiment = json.loads(path.read_text(encoding="utf-8"))
+        experiment = read_document(path)
         for row in experiment["rows"]:
             legacy = "fingerprint" not in row
             required = {"case", "seed", "seconds"} | ({"made_from"} if legacy else {"fingerprint", "sha256"})
