@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -179,6 +180,8 @@ def resolve(name: str = "auto", *, run: str | None = None, **overrides) -> Profi
         )
     for key in overrides:
         _check_known(key, PARAMETERS)
+    if run and not re.fullmatch(r"\w[\w.+=-]{0,99}", str(run)):  # a path would leave the folder of artefacts
+        raise ValueError(f"run is {run!r}: expected a name of letters, digits, hyphens, dots and underscores")
     if overrides.get("start_from") == "scratch":
         overrides["start_from"] = None
     overrides = {key: value for key, value in overrides.items() if value is not None}

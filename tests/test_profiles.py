@@ -213,6 +213,9 @@ def test_a_run_may_name_its_folder(tmp_path):
     assert resolve("quick", run="mine", seed=1).folder == tmp_path / "outputs" / "quick-mine"
     assert resolve("quick", run="mine").folder == tmp_path / "outputs" / "quick-mine"
     assert resolve("quick", run="").folder == tmp_path / "outputs" / "quick"
+    for name in ("x/..", "..", ".", "/tmp", "a b", "a\n", "a\0", "x" * 101, "a/b"):
+        with pytest.raises(ValueError, match=r"run is .*: expected a name of letters"):
+            resolve("quick", run=name)
 
 
 def test_the_artefacts_have_the_names_of_the_design():
