@@ -350,9 +350,11 @@ def test_every_row_that_leaves_the_file_is_in_a_backup(tmp_path):
     for rate in (0.2, 0.3):
         measure(RowStore(path), "a", [rate], rate=rate)
     measure(store, "a", [0.4], rate=0.4)
+    assert json.loads(path.read_text())["rows"][0]["accuracy"] == 0.4
     kept = [row["accuracy"] for backup in tmp_path.glob("x.*.json") for row in load(backup)["rows"]]
     assert sorted(kept) == [0.1, 0.2, 0.3]
-    assert json.loads(path.read_text())["rows"][0]["accuracy"] == 0.4
+    again = measure(store, "a", [0.9], rate=0.2)  # what is asked for once more is not measured once more
+    assert again[0]["accuracy"] == load(path)["rows"][0]["accuracy"] == 0.2
 
 
 # --- short forms of the campaigns ------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ it was made from the same. The claims lie in the same file. Tables, figures and 
 from __future__ import annotations
 
 import base64
+import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -53,7 +55,8 @@ class RowStore:
                 (N,), one per image: the row then holds the share of true ones, and which they are, so that a
                 comparison can allow for the choice of images.
             made_from: everything that decides the outcome beside the seed (data, networks, recipes, objective),
-                JSON-able. Rows made from something else are measured again; the old file is renamed to a backup.
+                JSON-able. Rows made from something else are measured again; a backup keeps the old ones, and if they
+                are asked for once more, they come from there.
 
         Returns:
             One dict per seed, in the order of `seeds`: case, seed, fingerprint (of `made_from`), sha256 (of the
@@ -83,6 +86,8 @@ class RowStore:
         fingerprints = {job: artefacts.digest(made_from) for job, made_from in wanted.items()}
         with artefacts.lock(self.path):  # a second run of the same experiment waits, and finds these rows measured
             self._read()
+            if restored := self._in_backups({j: f for j, f in fingerprints.items() if self._find(j, f) is None}):
+                self._save(restored)
             missing = [job for job, fingerprint in fingerprints.items() if self._find(job, fingerprint) is None]
             for jobs in group(missing) if group else [[job] for job in missing]:
                 start = time.perf_counter()
@@ -120,19 +125,28 @@ class RowStore:
     def _read(self) -> None:
         """What is in the file now, and of this run's rows those that another run has removed from it."""
         saved = load(self.path) if self.path.exists() else {"rows": []}
-        taken = {(row["case"], row["seed"]) for row in saved["rows"]}
-        mine = [row for row in self.rows if (row["case"], row["seed"]) not in taken]
+        taken = set(map(_job, saved["rows"]))
+        mine = [row for row in self.rows if _job(row) not in taken]
         self._saved, self._claims = saved["rows"] + mine, saved.get("claims", [])
 
     def _find(self, job: Job, fingerprint: str) -> dict | None:
         """The row in the file, if it was made from the same; a legacy row never was."""
-        same = (row for row in self._saved if (row["case"], row["seed"], row.get("fingerprint")) == (*job, fingerprint))
+        same = (row for row in self._saved if (*_job(row), row.get("fingerprint")) == (*job, fingerprint))
         return next(same, None)
 
+    def _in_backups(self, wanted: Mapping[Job, str]) -> list[dict]:
+        """The rows with those fingerprints that left the file, because another run did not ask for them."""
+        found: dict[Job, dict] = {}
+        for backup in self.path.parent.glob(f"{glob.escape(self.path.stem)}.*.json") if wanted else ():
+            with contextlib.suppress(ValueError, FileNotFoundError):  # a damaged backup holds nothing
+                rows = load(backup)["rows"]
+                found |= {_job(r): r for r in rows if r.get("fingerprint", 0) == wanted.get(_job(r))}
+        return list(found.values())
+
     def _save(self, rows: list[dict]) -> None:
-        replaced = {(row["case"], row["seed"]) for row in rows}
-        self._back_up([row for row in self._saved if (row["case"], row["seed"]) in replaced])
-        self._saved = [row for row in self._saved if (row["case"], row["seed"]) not in replaced] + rows
+        replaced = set(map(_job, rows))
+        self._back_up([row for row in self._saved if _job(row) in replaced])
+        self._saved = [row for row in self._saved if _job(row) not in replaced] + rows
         save_document(self.path, self._content(self._saved, self._claims))
 
     def _back_up(self, dropped: list[dict]) -> None:
@@ -235,6 +249,10 @@ def _truth_values(experiment: Mapping, measure: str, case: str, seeds: Sequence[
 def cost(experiment: Mapping) -> float:
     """The seconds that all measurements took together."""
     return float(sum(row["seconds"] for row in experiment["rows"]))
+
+
+def _job(row: Mapping) -> Job:
+    return row["case"], row["seed"]
 
 
 def _row(job: Job, fingerprint: str, seconds: float, measures: Mapping[str, object]) -> dict:
