@@ -55,6 +55,8 @@ class Recipe:
                 raise ValueError(f"{name} is {value!r}: expected a whole number of at least {least}")
         if self.views is not None and (not isinstance(self.views, int) or self.views < 1):
             raise ValueError(f"views is {self.views!r}: expected a whole number of at least 1, or None for all views")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed!r}: expected a whole number from 0 to 4,294,967,295")
         if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
             raise ValueError(f"learning_rate is {self.learning_rate!r}: expected a number above 0")
         for name, below in {"momentum": 1, "warmup": 1}.items():

@@ -370,3 +370,50 @@ def test_two_processes_at_once_mix_up_nothing_and_lose_no_row():
     for kind, found in together.campaign(8).items():
         assert found.pop("pairs") == 2
         assert set(found) <= {"waited"}, kind
+
+
+# --- absurd input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000, "{", "\xff"])
+def test_json_of_another_kind_is_refused_by_name(tmp_path, text):
+    for name, read in {"results.json": evaluate.load_results, "05_x.json": RowStore}.items():
+        (tmp_path / name).write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match=rf"{name} is not a"):
+            read(tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    readers = {"w.pth": lambda path: artefacts.load_weights(path, linear(4, 1)), "a.npy": artefacts.load_array}
+    for name, read in (readers | {"results.json": evaluate.load_results, "05_x.json": RowStore}).items():
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name} is not an? .*it is not a plain file"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1j])
+def test_weights_that_are_not_finite_real_numbers_are_refused(tmp_path, value):
+    model = linear(4, 1)
+    state = model.state_dict()
+    state["1.bias"] = torch.full((4,), value)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(
+        ValueError, match=r"w\.pth is not a weights file \(1\.bias holds values that are not finite real"
+    ):
+        artefacts.load_weights(tmp_path / "w.pth", model)
+
+
+@pytest.mark.parametrize("seed", [10**20, -1, 2**32, "1", 0.5])
+def test_a_seed_out_of_range_is_refused(seed):
+    with pytest.raises(ValueError, match=r"seed is .*: expected a whole number from 0"):
+        replace(RECIPE, seed=seed)
+
+
+def test_an_array_whose_header_promises_more_than_the_file_holds_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((4, 4), np.float32))
+    content = (tmp_path / "a.npy").read_bytes()
+    for shape in (b"(9999999,9999999,)", b"(-1, 4,)"):
+        (tmp_path / "a.npy").write_bytes(content.replace(b"(4, 4), }" + b" " * (len(shape) - 6), shape + b", }"))
+        with pytest.raises(ValueError, match=r"a\.npy is not an array file"):
+            artefacts.load_array(tmp_path / "a.npy")

@@ -36,6 +36,7 @@ from kdlib.records.files import (  # noqa: F401  what others ask this module for
     check_writable,
     file_digest,
     lock,
+    open_plain,
     remove,
     replace,
     sync,
@@ -162,11 +163,14 @@ def load_weights(path: Path, model: nn.Module) -> nn.Module:
     if not path.exists():
         raise FileNotFoundError(f"weights {path} are not there: run the chapter that trains this network first")
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             state = torch.load(file, map_location="cpu", weights_only=True)
             changed = _changed(path, file)
         if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
             raise ValueError("it holds something other than named tensors")
+        for name in state.keys() & dict(model.named_parameters()):
+            if state[name].is_complex() or not state[name].isfinite().all():
+                raise ValueError(f"{name} holds values that are not finite real numbers")
     except Exception as error:  # torch raises many kinds for a damaged file, and UnpicklingError for a foreign one
         foreign = isinstance(error, pickle.UnpicklingError)  # whose own message advises to execute it
         reason = "it holds Python objects, which are not executed" if foreign else short_reason(error)
@@ -212,7 +216,7 @@ def load_array(path: Path) -> np.ndarray:
     if not path.exists():
         raise FileNotFoundError(f"array {path} is not there: run the chapter that makes it first")
     try:
-        with open(path, "rb") as file:  # np.load leaves a damaged file open
+        with open_plain(path) as file:  # np.load leaves a damaged file open
             array = np.load(file, allow_pickle=False)
             changed = _changed(path, file)
         if not isinstance(array, np.ndarray):

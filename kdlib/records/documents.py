@@ -44,6 +44,8 @@ def read_document(path: Path) -> dict:
         ValueError: it is no JSON object, or was changed since it was written.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a plain file")  # a pipe would be waited for
         value = json.loads(path.read_bytes().decode("utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"it holds a {type(value).__name__}, expected an object")

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -101,6 +102,13 @@ def check_room(path: Path, size: int) -> None:
     with temporary(path) as probe, open(probe, "wb") as file:
         for start in range(0, size, 2**20):
             file.write(bytes(min(2**20, size - start)))
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """The file, opened; ValueError for a folder, a pipe or a device, which might be waited for."""
+    if not path.is_file():
+        raise ValueError("it is not a plain file")
+    return open(path, "rb")
 
 
 def file_digest(path: Path) -> str:
