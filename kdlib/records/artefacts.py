@@ -131,8 +131,7 @@ def check_content(path: Path, file: BinaryIO | None = None) -> None:
     known = record(path)
     if not known and record_path(path).exists():
         raise ValueError(
-            f"{record_path(path)} is damaged, so that nothing tells whether {path.name} is as it was saved: delete "
-            "both and run their chapter again"
+            f"{record_path(path)} is damaged, {path.name} cannot be verified: delete both and run the chapter again"
         )
     if (expected := known.get("sha256")) is None:
         return
