@@ -87,6 +87,7 @@ def colab(options: argparse.Namespace) -> None:
     wheel = build_wheel(RUNS / "colab" / "ran" / "wheel")
     for say, chapter in one_by_one(chapters(options.chapters)):
         told = run_alone(chapter, RUNS / "colab" / "ran" / chapter.number, interpreter, wheel)
+        _run([str(interpreter), "-m", "pip", "uninstall", "--quiet", "--yes", "kdlib"])  # each installs it itself
         print(f"{say}: {told}", flush=True)
     print(f"all ran, with {', '.join(oldest())}")
 
