@@ -33,12 +33,13 @@ def build_wheel(folder: Path) -> Path:
 
 def environment(folder: Path, python: str) -> Path:
     """An environment as Colab's may be: that Python, the oldest promised packages, and what runs notebooks."""
-    interpreter = folder / "bin" / "python"
-    if not (folder / "complete").exists():
+    interpreter, complete = folder / "bin" / "python", folder / "complete"
+    packages = [*oldest(), "papermill", "ipykernel"]
+    if not complete.exists() or complete.read_text() != " ".join(packages):
         print(f"setting up {folder} …", flush=True)
         _run([python, "-m", "venv", "--clear", str(folder)])
-        _run([str(interpreter), "-m", "pip", "install", "--quiet", *oldest(), "papermill", "ipykernel"])
-        (folder / "complete").touch()
+        _run([str(interpreter), "-m", "pip", "install", "--quiet", *packages])
+        complete.write_text(" ".join(packages))
     return interpreter
 
 
