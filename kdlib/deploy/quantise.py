@@ -28,9 +28,9 @@ def quantise(
 ) -> OnnxModel:
     """Write an ONNX file in which weights and inputs of convolutions and linear layers have eight bits, and open it.
 
-    So have the outputs of convolutions; those of linear layers, such as the logits, stay floats. Weights get a scale for each output channel, inputs one for the whole tensor, from the range that they take on
-    `images`. The graph holds pairs of QuantizeLinear and DequantizeLinear (QDQ), which a runtime joins to integer
-    arithmetic.
+    So have the outputs of convolutions; those of linear layers, such as the logits, stay floats. Weights get a scale
+    for each output channel, inputs one for the whole tensor, from the range that they take on `images`. The graph holds
+    pairs of QuantizeLinear and DequantizeLinear (QDQ), which a runtime joins to integer arithmetic.
 
     Args:
         model: in float32.
