@@ -210,7 +210,7 @@ def test_from_weights_to_the_classes_of_a_picture(tmp_path, capsys):
     made, images = trained(tmp_path)
     status, said, _ = run(capsys, "export", made.path, tmp_path / "s.onnx", "--temperature", 2)
     assert status == 0
-    assert "8x8 pixels with 1 channel as uint8 (batch, 8, 8, 1), gives logits for 4 classes" in said
+    assert "8x8 pixels with 1 channel as uint8 (batch, 8, 8, 1), gives logits for 4 classes, temperature 2" in said
     files = []
     for k in range(3):
         files.append(tmp_path / f"{k}.png")
@@ -269,6 +269,7 @@ def test_a_command_that_cannot_be_carried_out_says_why(tmp_path, capsys):
         (("predict", tmp_path / "none.onnx", "p.png"), "none.onnx is not there"),
         (("predict", made.path, tmp_path / "none.png"), "none.png is not an image that can be read"),
         (("predict", made.path, made.path, "--top", 0), "--top is 0"),
+        (("predict", made.path, made.path, "--temperature", -2), "temperature is -2.0: expected a number above 0"),
     ):
         status, _, error = run(capsys, *arguments)
         assert (status, error.startswith("error: ")) == (1, True)

@@ -25,7 +25,7 @@ from playwright.sync_api import expect
 audit = tool(ROOT, "audit")
 in_a_browser = pytest.mark.skipif(audit.chromium() is None, reason="no Chromium; on Debian: apt-get install chromium")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-TAUGHT = "book/intro.html", "book/03_soft_labels.html"
+TAUGHT = "book/intro.html", "book/03_soft_labels.html", "book/15_deployment.html"
 PAD = "book/07_paper_mnist.html"
 
 

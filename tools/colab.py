@@ -33,12 +33,13 @@ def build_wheel(folder: Path) -> Path:
 
 def environment(folder: Path, python: str) -> Path:
     """An environment as Colab's may be: that Python, the oldest promised packages, and what runs notebooks."""
-    interpreter = folder / "bin" / "python"
-    if not (folder / "complete").exists():
+    interpreter, complete = folder / "bin" / "python", folder / "complete"
+    packages = [*oldest(), "papermill", "ipykernel"]
+    if not complete.exists() or complete.read_text() != " ".join(packages):
         print(f"setting up {folder} …", flush=True)
         _run([python, "-m", "venv", "--clear", str(folder)])
-        _run([str(interpreter), "-m", "pip", "install", "--quiet", *oldest(), "papermill", "ipykernel"])
-        (folder / "complete").touch()
+        _run([str(interpreter), "-m", "pip", "install", "--quiet", *packages])
+        complete.write_text(" ".join(packages))
     return interpreter
 
 
@@ -87,6 +88,7 @@ def colab(options: argparse.Namespace) -> None:
     wheel = build_wheel(RUNS / "colab" / "ran" / "wheel")
     for say, chapter in one_by_one(chapters(options.chapters)):
         told = run_alone(chapter, RUNS / "colab" / "ran" / chapter.number, interpreter, wheel)
+        _run([str(interpreter), "-m", "pip", "uninstall", "--quiet", "--yes", "kdlib"])  # each installs it itself
         print(f"{say}: {told}", flush=True)
     print(f"all ran, with {', '.join(oldest())}")
 

@@ -16,7 +16,7 @@ from bs4 import BeautifulSoup, Tag
 # What no page loads: source maps, icons as a script (they come from the font), fonts for old browsers, translations.
 UNUSED = ("*.map", "scripts/fontawesome.js*", "vendor/**/*.ttf", "locales", "*webpack-macros.html")
 FOR_SEARCH = re.compile(r"(searchtools|language_data|searchindex)\.js")
-NOT_PROSE = ".headerlink, .highlight, .cell, .stamp, .caption-number, .ways, div.math, table, script"
+NOT_PROSE = ".headerlink, .highlight, .cell, .stamp, .caption-number, .ways, table, script"
 HOME = "book/intro.html"
 # On the address of the site itself there is no page, but the way to the first.
 INDEX = """<!DOCTYPE html>
@@ -143,6 +143,8 @@ def finish_body(soup: BeautifulSoup) -> None:
 def search_sections(soup: BeautifulSoup, page: str) -> list[list[str]]:
     """Each section of a page: address, title, the page's title, and its prose without code, outputs and subsections."""
     found, article = [], BeautifulSoup(str(soup.article), "html.parser")
+    for tag in article.select("div.math"):
+        tag.replace_with("…")
     for tag in article.select(NOT_PROSE):
         tag.decompose()
     for section in reversed(article.find_all("section")):  # a section's own subsections are taken out before it

@@ -58,7 +58,7 @@ def _export(options: argparse.Namespace) -> None:
     print(
         f"{model.path}: {model.megabytes:.2f} MB; takes images of {width}x{height} pixels with {channels} "
         f"channel{'s' if channels > 1 else ''} as uint8 (batch, {height}, {width}, {channels}), gives logits for "
-        f"{len(model.class_names)} classes"
+        f"{len(model.class_names)} classes, temperature {model.temperature:g}"
     )
 
 

@@ -152,6 +152,8 @@ class OnnxModel:
             raise ValueError("onnxruntime is not installed: pip install 'kdlib[deploy]'") from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
+        # idle threads would go on spinning for a while, and take the cores from whatever runs beside it
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self.threads:
             options.intra_op_num_threads = self.threads
         try:

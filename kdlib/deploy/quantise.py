@@ -28,9 +28,9 @@ def quantise(
 ) -> OnnxModel:
     """Write an ONNX file in which weights and inputs of convolutions and linear layers have eight bits, and open it.
 
-    Weights get a scale for each output channel, inputs one for the whole tensor, from the range that they take on
-    `images`. The graph holds pairs of QuantizeLinear and DequantizeLinear (QDQ), which a runtime joins to integer
-    arithmetic.
+    So have the outputs of convolutions; those of linear layers, such as the logits, stay floats. Weights get a scale
+    for each output channel, inputs one for the whole tensor, from the range that they take on `images`. The graph holds
+    pairs of QuantizeLinear and DequantizeLinear (QDQ), which a runtime joins to integer arithmetic.
 
     Args:
         model: in float32.
@@ -65,7 +65,10 @@ def quantise(
                     activation_type=quantization.QuantType.QInt8 if symmetric else quantization.QuantType.QUInt8,
                     weight_type=quantization.QuantType.QInt8,
                     op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-                    extra_options={"ActivationSymmetric": symmetric},
+                    extra_options={
+                        "ActivationSymmetric": symmetric,
+                        "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],  # such as the logits
+                    },
                 )
     finally:
         log.setLevel(level)

@@ -104,6 +104,8 @@ def predict(
         temperature: of the softmax; None: the one in the ONNX file, 1 for weights.
         network, dataset: see :func:`load_saved`.
     """
+    if temperature is not None and not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}: expected a number above 0")
     if Path(path).suffix == ".onnx":
         model = OnnxModel(path)
         shape, names, told = model.shape, model.class_names, model.temperature
@@ -115,7 +117,7 @@ def predict(
         pixels = np.stack([read_pixels(Path(picture), shape) for picture in pictures])
         with torch.no_grad():
             logits = FromPixels(saved.model, saved.format["mean"], saved.format["std"])(torch.from_numpy(pixels))
-    return (logits / (temperature or told)).softmax(1), names
+    return (logits / (told if temperature is None else temperature)).softmax(1), names
 
 
 def published_student(settings: Profile, network: str, seed: int) -> nn.Module:
