@@ -396,12 +396,12 @@ def test_scale_may_be_an_array_or_one_number(kind):
     assert agreement(adapt_teacher(Nearest(), brightness(), mean=kind([0.5] * 3), std=0.25), brightness()) == 1
 
 
-def test_a_teacher_that_does_not_take_the_images_is_refused_with_their_size():
+def test_a_teacher_that_does_not_take_the_images_is_refused_with_their_size(tmp_path):
     linear = nn.Sequential(nn.Flatten(), nn.Linear(7, 4))
     with pytest.raises(ValueError, match=r"AdaptedTeacher fails on images of own/train, 6x6 pixels with 3 channels"):
         adapt_teacher(linear, brightness())
     with pytest.raises(ValueError, match=r"call its \.float\(\) first"):
-        kdlib.load_or_generate("nowhere", nn.Sequential(nn.Flatten(), nn.Linear(108, 4)).half(), brightness(), 1)
+        kdlib.load_or_generate(tmp_path, nn.Sequential(nn.Flatten(), nn.Linear(108, 4)).half(), brightness(), 1)
 
 
 def test_images_without_labels_are_compared_with_none():
