@@ -54,7 +54,7 @@ def quantise(
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             prepared = Path(folder) / "prepared.onnx"
-            quant_pre_process(str(model.path), str(prepared))
+            quant_pre_process(str(model.path), str(prepared), skip_symbolic_shape=True)  # which older versions fail at
             with artefacts.atomic_write(path) as partial:
                 quantization.quantize_static(
                     str(prepared),
