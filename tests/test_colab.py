@@ -24,7 +24,8 @@ def without_kdlib(tmp_path) -> Path:
     return home / "bin" / "python"
 
 
-def test_a_chapter_runs_alone_with_the_wheel_that_its_set_up_cell_installs(without_kdlib, tmp_path):
+def test_a_chapter_runs_alone_with_the_wheel_that_its_set_up_cell_installs(without_kdlib, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # the tools add the working folder to it
     colab, notebooks = tool(ROOT, "colab"), tool(ROOT, "notebooks")
     probe = subprocess.run([without_kdlib, "-c", "import kdlib"], cwd=tmp_path, capture_output=True)
     assert probe.returncode, "the environment has kdlib already"
