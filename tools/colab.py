@@ -87,8 +87,8 @@ def colab(options: argparse.Namespace) -> None:
     shutil.rmtree(RUNS / "colab" / "ran", ignore_errors=True)
     wheel = build_wheel(RUNS / "colab" / "ran" / "wheel")
     for say, chapter in one_by_one(chapters(options.chapters)):
-        told = run_alone(chapter, RUNS / "colab" / "ran" / chapter.number, interpreter, wheel)
         _run([str(interpreter), "-m", "pip", "uninstall", "--quiet", "--yes", "kdlib"])  # each installs it itself
+        told = run_alone(chapter, RUNS / "colab" / "ran" / chapter.number, interpreter, wheel)
         print(f"{say}: {told}", flush=True)
     print(f"all ran, with {', '.join(oldest())}")
 
