@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from kdlib.datasets import load_data
@@ -20,8 +21,6 @@ from kdlib.records import artefacts
 from kdlib.records.fetch import clone_folder, published_file
 from kdlib.sources.known import DATA_SETS
 from kdlib.sources.pictures import read_picture, resized
-
-GREY = np.array([0.299, 0.587, 0.114])  # how bright red, green and blue look (ITU-R BT.601), as PIL has it
 
 
 @dataclass(frozen=True)
@@ -79,15 +78,17 @@ def read_pixels(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     """A picture as a network takes it: (H, W, C) uint8, its shorter side resized and a square cut from its centre.
 
     Raises:
-        ValueError: no picture, or a network whose images are not square.
+        ValueError: no picture, or a network whose images are not square or neither grey nor in colour.
     """
     height, width, channels = shape
+    if channels not in (1, 3):
+        raise ValueError(f"the network takes {channels} channels, expected 1 or 3: a picture has no others")
     pixels, _ = read_picture(path)
     if pixels.shape[:2] != (height, width):
         if height != width:
             raise ValueError(f"{path} is {pixels.shape[1]}x{pixels.shape[0]}, the network takes {width}x{height}")
         pixels = resized(pixels[None], height)[0]
-    return pixels if channels == 3 else np.round(pixels @ GREY).astype(np.uint8)[..., None]
+    return pixels if channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
 
 
 def predict(
