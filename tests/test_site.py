@@ -90,6 +90,11 @@ def test_the_first_page_says_what_the_site_is(site, base, browser):
             "() => document.fonts.ready.then(() => document.fonts.check('900 16px \"Font Awesome 7 Free\"'))"
         )
     assert problems == []
+    leading = (site / "index.html").read_text(encoding="utf-8")
+    for name in re.findall(r'"([^"]*/_static/[^"]*|_static/[^"]*)"', leading):  # an icon and a card
+        assert (site / name).resolve().is_relative_to(site.resolve())
+        assert (site / name).is_file()
+    assert 'rel="icon"' in leading
     assert "MIT licence" in (site / "book" / "intro.html").read_text(encoding="utf-8")
     assert (site / ".nojekyll").exists()
     assert (site / "404.html").exists()

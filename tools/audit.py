@@ -100,7 +100,7 @@ def opened(browser: Browser, base: str, *, width: int = 1280, dark: bool = False
     page, problems = context.new_page(), []
     page.on("request", lambda request: leaves(request.url, base) and problems.append(f"asks for {request.url}"))
     page.on("response", lambda r: r.status >= 400 and problems.append(f"{r.url} answers {r.status}"))
-    page.on("console", lambda said: said.type in ("error", "warning") and problems.append(f"console: {said.text}"))
+    page.on("console", lambda said: said.type in ("error", "warning") and problems.append(f"console: {said.text} {said.location['url']}"))
     page.on("pageerror", lambda error: problems.append(f"error: {error}"))
     try:
         yield page, problems

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
@@ -73,7 +74,11 @@ def copy_mathjax(folder: Path) -> None:
 
 def write_index(path: Path, home: BeautifulSoup) -> None:
     """The page at the address of the site itself, which leads to the first page and has its description and card."""
-    links = [tag for tag in home.head.find_all(["meta", "link"]) if is_public(tag)]
+    links = [copy.copy(tag) for tag in home.head.find_all(["meta", "link"]) if is_public(tag) or is_icon(tag)]
+    for tag in links:  # the icon too: without one, browsers ask for /favicon.ico
+        for name in ("href", "content"):
+            if name in tag.attrs:
+                tag[name] = tag[name].removeprefix("../")
     path.write_text(
         INDEX.format(title=home.title.string, home=HOME, links="\n".join(map(str, links))),
         encoding="utf-8",
@@ -84,6 +89,11 @@ def is_public(tag: Tag) -> bool:
     """Whether an element of the head is for those who link to the page."""
     name = tag.get("property") or tag.get("name") or ""
     return name.startswith(("og:", "twitter:", "description")) or tag.get("rel") == ["canonical"]
+
+
+def is_icon(tag: Tag) -> bool:
+    """Whether an element of the head names the site's icon."""
+    return "icon" in tag.get("rel", [])
 
 
 def finish_head(soup: BeautifulSoup, *, is_search: bool) -> None:
