@@ -28,6 +28,7 @@ HOME = "book/intro.html"
 WIDTHS = {1280: 900, 390: 844}  # of a screen, with its height
 MOST_MB, MOST_FIRST_PAGE_MB = 16, 1.0
 ON_DEMAND = ("_static/live",)  # what loads only when asked for does not count
+WORRYING = ("error", "warning")  # kinds of what a page may write to the console
 SHOWN = ("intro", "03_", "05_", "06_", "what_we_found", "search")  # pages of which pictures are taken
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
@@ -100,7 +101,7 @@ def opened(browser: Browser, base: str, *, width: int = 1280, dark: bool = False
     page, problems = context.new_page(), []
     page.on("request", lambda request: leaves(request.url, base) and problems.append(f"asks for {request.url}"))
     page.on("response", lambda r: r.status >= 400 and problems.append(f"{r.url} answers {r.status}"))
-    page.on("console", lambda said: said.type in ("error", "warning") and problems.append(f"console: {said.text} {said.location['url']}"))
+    page.on("console", lambda said: said.type in WORRYING and problems.append(f"console: {said.text} {said.location}"))
     page.on("pageerror", lambda error: problems.append(f"error: {error}"))
     try:
         yield page, problems
