@@ -6,7 +6,7 @@ Where the images come from is in :mod:`kdlib.datasets`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BATCHES_AT_ONCE = 100  # batches whose pixels are gathered by one operation: 157 MB of CIFAR-10 in batches of 512
+AT_ONCE = 160_000_000  # bytes of pixels gathered by one operation: a hundred batches of 512 images of CIFAR-10
 
 
 class Batch(NamedTuple):
@@ -141,6 +141,16 @@ class ImageSet:
         columns = self.padding + dx[:, None] + columns
         return self._padded[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
 
+    def load(self, indices: Sequence[Tensor], views: Sequence[Tensor]) -> Iterator[Batch]:
+        """One batch per entry: the images at those indices (B,) in those views (B,)."""
+        # one operation gathers many batches, since launching it costs more than the work it does for one batch
+        most = max(1, AT_ONCE // (self.images[0].numel() * max(map(len, indices))))
+        for first in range(0, len(indices), most):
+            chosen, seen = indices[first : first + most], views[first : first + most]
+            pixels = self.pixels(torch.cat(chosen), torch.cat(seen)).permute(0, 3, 1, 2).split([*map(len, chosen)])
+            for batch, rows, drawn in zip(pixels, chosen, seen, strict=True):
+                yield Batch(self.normalize(batch), self.labels[rows], rows, drawn)
+
     def normalize(self, pixels: Tensor) -> Tensor:
         """Scale (B, C, H, W) uint8 so that the training images have mean 0 and standard deviation 1 per channel.
 
@@ -237,12 +247,8 @@ def batches(
     All batches have one size: images left over after the last full batch wait for the next epoch's shuffle. A set
     smaller than a batch is one batch.
     """
-    epoch = draw_epoch(data, batch_size, views=views, generator=generator)
-    # one operation gathers many batches, since launching an operation costs more than the work it does for one batch
-    for indices, drawn in zip(*(x.split(BATCHES_AT_ONCE) for x in epoch), strict=True):
-        pixels = data.pixels(indices.flatten(), drawn.flatten()).unflatten(0, indices.shape).permute(0, 1, 4, 2, 3)
-        for batch_pixels, batch_indices, batch_views in zip(pixels, indices, drawn, strict=True):
-            yield Batch(data.normalize(batch_pixels), data.labels[batch_indices], batch_indices, batch_views)
+    indices, drawn = draw_epoch(data, batch_size, views=views, generator=generator)
+    yield from data.load(indices.unbind(), drawn.unbind())
 
 
 def draw_epoch(

@@ -53,9 +53,8 @@ def predict_logits(
     try:
         layout = gpu.place(model.eval(), device, data.example)
         with gpu.tuned_convolutions(device), gpu.mixed_precision(device):
-            for indices in order.split(batch_size):
-                images = data.batch(indices, torch.full_like(indices, view))
-                logits.append(at_least_float32(outputs_of(model(gpu.lay_out(images, layout)))))
+            for batch in data.load(order.split(batch_size), torch.full_like(order, view).split(batch_size)):
+                logits.append(at_least_float32(outputs_of(model(gpu.lay_out(batch.images, layout)))))
     finally:
         model.train(was_training)
     return torch.cat(logits)[: len(data)].cpu()
