@@ -16,6 +16,7 @@ import os
 import random
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -202,15 +203,25 @@ def campaign(flips: int, truncations: int, seed: int = 0) -> dict[tuple[str, str
 
 
 def main() -> int:
+    start = time.perf_counter()
     counts = campaign(2800, 700)
     print(f"{'':32}{'':12}" + "".join(f"{name:>12}" for name in OUTCOMES))
     for (kind, change), found in counts.items():
         print(f"{kind:32}{change:12}" + "".join(f"{found[name]:12,}" for name in OUTCOMES))
-    for change in ("flip", "truncation"):
-        total = sum((found for (_, what), found in counts.items() if what == change), Counter())
+    totals = {"flip": Counter(), "truncation": Counter()}
+    for (_, change), found in counts.items():
+        totals[change] += found
+    for change, total in totals.items():
         print(f"{'all':32}{change:12}" + "".join(f"{total[name]:12,}" for name in OUTCOMES))
     print(HARMLESS)
-    return int(any(found["silent"] for found in counts.values()))
+    from tests.campaigns import record  # not above: pytest imports this file from its own folder
+
+    of_both = totals["flip"] + totals["truncation"]
+    tried = {f"{change}s": total.total() for change, total in totals.items()}
+    outcomes = {name.replace(" ", "_"): of_both[name] for name in OUTCOMES}
+    figures = {"kinds": len({kind for kind, _ in counts}), **tried, **outcomes}
+    record("rot", figures, time.perf_counter() - start)
+    return int(of_both["silent"] > 0)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import notebooks
 import recipes
 import render
 import stale
+import tested
 import tidied
 from nbformat import NotebookNode
 from notebooks import (
@@ -54,6 +55,9 @@ def publish(options: argparse.Namespace) -> None:
     profile = book.resolve(options.profile)
     if options.records:
         publish_run(profile)
+        return
+    if options.pages:
+        fill_pages()
         return
     selected = chapters(options.chapters)
     if options.composed and not options.force:
@@ -199,19 +203,21 @@ def fill_findings(rows: dict) -> None:
 
 
 def fill_pages() -> None:
-    """Write what is computed from the published rows: verdicts, advice, and what chapter 05's controls leave."""
+    """Write what is computed from what is published: verdicts, advice, what 05's controls leave, and the campaigns."""
     for path, block, text in written_pages():
         render.replace_marked(path, block, text)
 
 
 def written_pages() -> Iterator[tuple[Path, str, str]]:
-    """The marked blocks that are computed from the published rows: page, name of the block, text."""
+    """The marked blocks that are computed from what is published: page, name of the block, text."""
     found = findings.findings()
     yield BOOK / "what_we_found.md", "counts", findings.shown_counts(found)
     yield BOOK / "what_we_found.md", "findings", findings.shown(found)
     yield BOOK / "which_recipe.md", "recipes", recipes.shown(found)
     for path in (ROOT / "README.md", BOOK / "intro.md"):
         yield path, "controls", findings.shown_controls()
+    yield BOOK / "how_tested.md", "campaigns", tested.shown_campaigns()
+    yield BOOK / "how_tested.md", "determinism", tested.shown_determinism()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -223,6 +229,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--force", action="store_true", help="also chapters that are current, and at quick those of full"
     )
     parser.add_argument("--records", action="store_true", help="no chapter, only the records of the run in outputs/")
+    parser.add_argument(
+        "--pages", action="store_true", help="no chapter, only the pages written from what is published"
+    )
     parser.add_argument("--composed", action="store_true", help="from the published records, on any machine")
     parser.add_argument(
         "--measured-here", action="store_true", help="from the published students, of which this machine is measured"
