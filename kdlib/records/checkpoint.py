@@ -112,6 +112,7 @@ class Checkpoint:
         """
         wait = CHECKPOINT_SECONDS * max(1.0, 5 * self.cost)  # where writing is slow, it takes a 300th of the time
         start = time.perf_counter()
+        self.received = ranks.broadcast(self.received)  # a signal reaches ranks in different epochs; rank 0's counts
         due = self.received is not None or start - self.saved_at >= wait
         if self.path is not None and due and not ranks.rank():
             try:
@@ -121,6 +122,7 @@ class Checkpoint:
             self.saved_at = time.perf_counter()
             self.cost = self.saved_at - start
         if self.received is not None:
+            ranks.barrier()  # rank 0 has written it
             self._obey(self.received)
 
     def _write(self, history: dict[str, list[float]]) -> None:
