@@ -127,6 +127,7 @@ def generate(
     """The teacher's logits for the first `views` views of all images: (V, N, C) float16.
 
     Half precision keeps a logit of 20 to within 0.008, far below what one seed of the teacher differs from the next.
+    Under ``torchrun`` every process makes this call, asks its teacher about a share of the images, and returns all.
 
     Raises:
         ValueError: more views than `data` has, or a teacher that gives no finite (N, classes) logits. A warning says if

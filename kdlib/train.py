@@ -112,12 +112,15 @@ def train(
 ) -> History:
     """Train `model` in place: SGD with Nesterov momentum, a warm-up and a cosine, in half precision on a GPU.
 
+    Under ``torchrun`` every process makes this call and takes its share of each batch (:mod:`kdlib.gpu.ranks`). The
+    weights are those of one process, up to rounding and up to batch norm and dropout, which look at a share alone.
+
     Args:
         model: any network from (B, C, H, W) images to (B, classes) logits; moved to `device`.
         data: the training images.
         loss_fn: ``loss_fn(student_logits, labels)``, such as ``F.cross_entropy``; with targets
             ``loss_fn(student_logits, teacher_logits, labels)``, such as ``partial(distillation_loss, temperature=4.0,
-            alpha=0.1)``. A scalar, the mean over the batch. After mixup the labels are (B, classes) probabilities.
+            alpha=0.1)``. A scalar, the mean over the images. After mixup the labels are (B, classes) probabilities.
         targets: the teacher's logits for a batch: :class:`kdlib.SoftLabels`, :class:`kdlib.LiveTeacher`, or any
             function of a :class:`kdlib.data.Batch`.
         validation: its accuracy is measured after every epoch. Nothing is chosen by it here.

@@ -75,6 +75,12 @@ def test_they_predict_and_generate_to_the_bit(both, alone):
             assert all(torch.equal(process[name][key], tensor) for key, tensor in alone[name].items())
 
 
+def test_each_asks_the_teacher_about_its_share(both):
+    # some images are looked at beforehand, in one batch on each; then there are three batches in each of three views
+    assert [p["did"]["soft labels"]["batches"] for p in both] == [1 + 3 * 1, 1 + 3 * 2]
+    assert torch.equal(both[0]["did"]["soft labels"]["logits"], both[0]["soft labels of all"]["logits"])
+
+
 def test_one_of_them_saves_and_both_load(both, folder):
     for name, steps in {"new": two_ranks.STEPS, "new, again": 0, "soft labels": 0, "soft labels, again": 0}.items():
         assert [p["did"][name]["steps"] for p in both] == [steps, steps]

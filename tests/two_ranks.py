@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import make_images
 
 import kdlib
+from kdlib import evaluate
 from kdlib.gpu import pick_device, ranks
 from kdlib.records import artefacts, checkpoint
 
@@ -119,8 +120,9 @@ def save(folder: Path) -> dict:
         did[name] |= {"fingerprint": made.fingerprint, "weights": made.model.state_dict()}
     for name in ("soft labels", "soft labels, again"):
         make = partial(kdlib.load_or_generate, folder / "soft labels", teacher(), make_images(1100, seed=5), 3, **QUIET)
-        logits = note(name, make, "save_array").logits
-        did[name]["logits"] = logits
+        with counted(evaluate, "outputs_of") as batches:
+            logits = note(name, make, "save_array").logits
+        did[name] |= {"logits": logits, "batches": len(batches)}
     return did
 
 

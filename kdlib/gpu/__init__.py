@@ -1,7 +1,8 @@
 """Speed, and never results beyond rounding: where a network runs, in which precision, and with which operations.
 
 Training calls :class:`Engine`, and ``fast=False`` there turns off what is not plain PyTorch in the student's step: half
-precision, fused operations and the recorded step. On a CPU there is nothing to turn off.
+precision, fused operations and the recorded step. On a CPU there is nothing to turn off. Several processes that train
+one network together are in :mod:`kdlib.gpu.ranks`.
 """
 
 from __future__ import annotations

@@ -98,7 +98,10 @@ def barrier() -> None:
 
 
 def parallel(network: nn.Module) -> nn.Module:
-    """The network with gradients averaged over the ranks; it starts from rank 0's weights."""
+    """The network with gradients averaged over the ranks; it starts from rank 0's weights.
+
+    Each of its parameters has to take part in the loss, or PyTorch ends the training with an error.
+    """
     return nn.parallel.DistributedDataParallel(network) if world() > 1 else network
 
 
