@@ -1,4 +1,4 @@
-"""``python -m kdlib export student_cnn.pth student.onnx`` and ``python -m kdlib predict student.onnx picture.png``."""
+"""``python -m kdlib train``, ``export student_cnn.pth student.onnx`` and ``predict student.onnx picture.png``."""
 
 import sys
 

@@ -240,15 +240,15 @@ def steps_per_epoch(data: ImageSet, batch_size: int) -> int:
 
 
 def batches(
-    data: ImageSet, batch_size: int, *, views: int | None = None, generator: torch.Generator
+    data: ImageSet, batch_size: int, *, views: int | None = None, generator: torch.Generator, share: slice = slice(None)
 ) -> Iterator[Batch]:
     """One epoch: every image once, shuffled, each in a view drawn from the first `views` of the view table.
 
     All batches have one size: images left over after the last full batch wait for the next epoch's shuffle. A set
-    smaller than a batch is one batch.
+    smaller than a batch is one batch. With a `share`, only that part of each batch is loaded.
     """
     indices, drawn = draw_epoch(data, batch_size, views=views, generator=generator)
-    yield from data.load(indices.unbind(), drawn.unbind())
+    yield from data.load(indices[:, share].unbind(), drawn[:, share].unbind())
 
 
 def draw_epoch(
@@ -262,15 +262,18 @@ def draw_epoch(
     return tuple(x[: shape[0] * shape[1]].view(shape) for x in (order, drawn))
 
 
-def cutout(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def cutout(
+    images: Tensor, size: int, generator: torch.Generator, share: slice = slice(None), batch_size: int | None = None
+) -> Tensor:
     """Images (B, C, H, W) with a square of `size` pixels set to the mean (DeVries & Taylor, arXiv 1708.04552).
 
-    The square's centre is anywhere in the image, so part of the square may lie outside.
+    The square's centre is anywhere in the image, so part of the square may lie outside. If the images are a `share` of
+    a batch of `batch_size`, centres are drawn for the whole batch.
     """
-    b, _, height, width = images.shape
-    device = images.device
-    cy = torch.randint(height, (b, 1, 1, 1), generator=generator, device=device)
-    cx = torch.randint(width, (b, 1, 1, 1), generator=generator, device=device)
+    height, width = images.shape[2:]
+    device, shape = images.device, (batch_size or len(images), 1, 1, 1)
+    cy = torch.randint(height, shape, generator=generator, device=device)[share]
+    cx = torch.randint(width, shape, generator=generator, device=device)[share]
     y = torch.arange(height, device=device).view(1, 1, -1, 1) - cy + size // 2
     x = torch.arange(width, device=device).view(1, 1, 1, -1) - cx + size // 2
     return images.masked_fill((y >= 0) & (y < size) & (x >= 0) & (x < size), 0)

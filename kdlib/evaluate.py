@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kdlib import gpu
 from kdlib.data import ImageSet
+from kdlib.gpu import ranks
 from kdlib.losses import at_least_float32
 from kdlib.records.documents import load_document, save_document
 
@@ -37,7 +38,8 @@ def predict_logits(
     """The network's logits for every image of `data`, in order: (N, C) on the CPU, in float32.
 
     The network runs in eval mode, so that its logits for an image do not depend on which images share the batch, and is
-    left in the mode in which it came. In float64 only if the network is.
+    left in the mode in which it came. In float64 only if the network is. Under ``torchrun`` every process calls this,
+    predicts its share of the batches, and returns the logits of all.
 
     Args:
         model: moved to `device`.
@@ -50,14 +52,16 @@ def predict_logits(
     order, logits = torch.arange(len(data), device=device), []
     if device.type == "cuda" and len(data) > batch_size:
         order = F.pad(order, (0, -len(data) % batch_size))  # all batches of one size, so that cuDNN tries only once
+    rows, views = order.split(batch_size), torch.full_like(order, view).split(batch_size)
+    share = ranks.share_of(len(rows))
     try:
         layout = gpu.place(model.eval(), device, data.example)
         with gpu.tuned_convolutions(device), gpu.mixed_precision(device):
-            for batch in data.load(order.split(batch_size), torch.full_like(order, view).split(batch_size)):
+            for batch in data.load(rows[share], views[share]):
                 logits.append(at_least_float32(outputs_of(model(gpu.lay_out(batch.images, layout)))))
     finally:
         model.train(was_training)
-    return torch.cat(logits)[: len(data)].cpu()
+    return ranks.gather(torch.cat(logits), of=len(rows))[: len(data)].cpu()
 
 
 def outputs_of(made: object) -> Tensor:
@@ -176,11 +180,7 @@ def save_results(path: Path, profile: str, dataset: str, runs: list[dict]) -> di
     results = {
         "profile": profile,
         "dataset": dataset,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "runs": runs,
     }

@@ -19,6 +19,7 @@ from kdlib import gpu
 from kdlib.checks.logits import check_finite, examine
 from kdlib.data import Batch, ImageSet
 from kdlib.evaluate import outputs_of, predict_logits
+from kdlib.gpu import ranks
 from kdlib.losses import at_least_float32
 from kdlib.records import artefacts, identity
 from kdlib.train import Recipe, Targets, progress_bar
@@ -126,6 +127,7 @@ def generate(
     """The teacher's logits for the first `views` views of all images: (V, N, C) float16.
 
     Half precision keeps a logit of 20 to within 0.008, far below what one seed of the teacher differs from the next.
+    Under ``torchrun`` every process makes this call, asks its teacher about a share of the images, and returns all.
 
     Raises:
         ValueError: more views than `data` has, or a teacher that gives no finite (N, classes) logits. A warning says if
@@ -162,7 +164,7 @@ def load_or_generate(
 
     What is matched: the images, the number of views (None: all there are), and the teacher's weights.
     """
-    folder, views = Path(folder), data.resolve_views(views)
+    folder, views, device = Path(folder), data.resolve_views(views), gpu.pick_device(device)
     made_from = {"data": data.identity, "views": views, "teacher": LiveTeacher(teacher).identity}
     with artefacts.reserve(folder, file, made_from) as path:
         if path:
@@ -170,8 +172,9 @@ def load_or_generate(
         path, start = folder / file, time.perf_counter()
         artefacts.check_room(path, 2 * views * len(data) * data.classes)  # before the teacher runs, not after it
         logits = generate(teacher, data, views, device=device, progress=progress)
-        made = artefacts.provenance(gpu.pick_device(device), time.perf_counter() - start)
-        artefacts.save_array(path, logits, fingerprint=made_from, provenance=made)
+        if not ranks.rank():
+            made = artefacts.provenance(device, time.perf_counter() - start)
+            artefacts.save_array(path, logits, fingerprint=made_from, provenance=made)
     return load_soft_labels(path, data)
 
 

@@ -19,6 +19,7 @@ from kdlib import gpu
 from kdlib.checks.fits import check_fits
 from kdlib.data import Batch, ImageSet, Targets, batches, cutout, mixup, steps_per_epoch
 from kdlib.evaluate import predict_logits
+from kdlib.gpu import ranks
 from kdlib.models import build
 from kdlib.records import artefacts
 from kdlib.records.checkpoint import Checkpoint, remove_checkpoint
@@ -111,12 +112,15 @@ def train(
 ) -> History:
     """Train `model` in place: SGD with Nesterov momentum, a warm-up and a cosine, in half precision on a GPU.
 
+    Under ``torchrun`` every process makes this call and takes its share of each batch (:mod:`kdlib.gpu.ranks`). The
+    weights are those of one process, up to rounding and up to batch norm and dropout, which look at a share alone.
+
     Args:
         model: any network from (B, C, H, W) images to (B, classes) logits; moved to `device`.
         data: the training images.
         loss_fn: ``loss_fn(student_logits, labels)``, such as ``F.cross_entropy``; with targets
             ``loss_fn(student_logits, teacher_logits, labels)``, such as ``partial(distillation_loss, temperature=4.0,
-            alpha=0.1)``. A scalar, the mean over the batch. After mixup the labels are (B, classes) probabilities.
+            alpha=0.1)``. A scalar, the mean over the images. After mixup the labels are (B, classes) probabilities.
         targets: the teacher's logits for a batch: :class:`kdlib.SoftLabels`, :class:`kdlib.LiveTeacher`, or any
             function of a :class:`kdlib.data.Batch`.
         validation: its accuracy is measured after every epoch. Nothing is chosen by it here.
@@ -139,7 +143,8 @@ def train(
     data, validation = data.to(device), validation and validation.to(device)
     data.resolve_views(recipe.views)  # raises if there are not as many
     key = digest(fingerprint(model, data, loss_fn, recipe, targets)) if checkpoint else None
-    engine = gpu.Engine(model.train(), device, data.example, fast=fast)
+    batch_size = min(recipe.batch_size, len(data))
+    engine = gpu.Engine(model.train(), device, data.example, batch_size=batch_size, fast=fast)
     momentum = {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
     optimizer = engine.sgd(model, recipe.learning_rate, weight_decay=recipe.weight_decay, **momentum)
     generator = torch.Generator(device).manual_seed(recipe.seed)
@@ -154,12 +159,14 @@ def train(
             teacher_logits = targets(batch)  # looked up in the soft labels, or asked of the live teacher
             loss = loss_fn(student_logits, teacher_logits, batch.labels)
         optimizer.zero_grad()
-        engine.scaler.scale(loss).backward()
+        engine.backward(loss)
         engine.scaler.step(optimizer)
         engine.scaler.update()
         return loss.detach()
 
     step = engine.record(step, optimizer, lambda: _identify_objective(loss_fn, targets))
+    share = slice(None) if recipe.mixup else engine.share  # mixup blends an image with any other of the whole batch
+    drawn = {"views": recipe.views, "generator": generator, "share": share}
     per_epoch = steps_per_epoch(data, recipe.batch_size)
     steps = recipe.epochs * per_epoch
     start = time.perf_counter() - (history.seconds[-1] if history.seconds else 0)
@@ -168,11 +175,12 @@ def train(
             model.train()
             # kept on the device and read once per epoch: a look every step would make the GPU wait for Python
             losses = torch.zeros(per_epoch, device=device)
-            for i, batch in enumerate(batches(data, recipe.batch_size, views=recipe.views, generator=generator)):
+            for i, batch in enumerate(batches(data, recipe.batch_size, **drawn)):
                 # a step's learning rate is that of its middle, so that neither the first nor the last is zero
                 learning_rate = recipe.learning_rate_at((epoch * per_epoch + i + 0.5) / steps)
                 gpu.set_learning_rate(optimizer, learning_rate)
-                losses[i] = step(augment(batch, recipe, data.classes, generator))
+                losses[i] = step(augment(batch, recipe, data.classes, generator, engine))
+            losses = engine.end_epoch(losses)
             _check_finite(losses, model, epoch, recipe)
             history.loss.append(losses.mean().item())
             if validation is not None:
@@ -217,8 +225,8 @@ def load_or_train(
         if path:
             artefacts.load_weights(path, model)
             remove_checkpoint(partial)  # of a run that was stopped when it had just saved its network
-            history = artefacts.record(path).get("history") or {}
-            return Trained(model.to(device).eval(), History(**history), made_from, path)
+            known = artefacts.record(path)
+            return Trained(model.to(device).eval(), History(**(known.get("history") or {})), known["fingerprint"], path)
         size = sum(tensor.nbytes for tensor in model.state_dict().values())
         artefacts.check_room(folder / file, size)  # a full disk shows itself before the training, not after it
         options = {"validation": validation, "device": device, "progress": progress, "fast": fast}
@@ -229,23 +237,29 @@ def load_or_train(
                 "they were not saved: bind what it reads with functools.partial"
             )
         made = {"history": asdict(history), "provenance": artefacts.provenance(device, history.seconds[-1])}
-        artefacts.save_weights(folder / file, model, fingerprint=made_from, format=data.format, **made)
-        remove_checkpoint(partial)  # not before: without it, what is not saved yet would be lost
+        if not ranks.rank():
+            artefacts.save_weights(folder / file, model, fingerprint=made_from, format=data.format, **made)
+            remove_checkpoint(partial)  # not before: without it, what is not saved yet would be lost
     return Trained(model.eval(), history, made_from, folder / file)
 
 
-def augment(batch: Batch, recipe: Recipe, classes: int, generator: torch.Generator) -> Batch:
-    """The batch after the recipe's cutout and mixup; its views are then None."""
+def augment(batch: Batch, recipe: Recipe, classes: int, generator: torch.Generator, engine: gpu.Engine) -> Batch:
+    """The batch after the recipe's cutout and mixup; its views are then None.
+
+    With several processes, it comes with all its images if there is mixup, and leaves with `engine.share` of them.
+    """
     if recipe.cutout:
-        batch = batch._replace(images=cutout(batch.images, recipe.cutout, generator), views=None)
+        part = () if recipe.mixup else (engine.share, engine.batch_size)
+        batch = batch._replace(images=cutout(batch.images, recipe.cutout, generator, *part), views=None)
     if recipe.mixup:
         batch = mixup(batch, recipe.mixup, classes, generator)
+        batch = Batch(*(values if values is None else values[engine.share] for values in batch))
     return batch
 
 
 def progress_bar(total: int, progress: bool, initial: int = 0, unit: str = "epoch") -> tqdm:
-    """tqdm's bar, silent if `progress` is False; if it is True, ``TQDM_DISABLE=1`` in the environment still counts."""
-    silent = {} if progress else {"disable": True}  # disable=False would overrule the environment
+    """tqdm's bar, of rank 0; silent if `progress` is False, and with ``TQDM_DISABLE=1`` in the environment."""
+    silent = {} if progress and not ranks.rank() else {"disable": True}  # False would overrule the environment
     return tqdm(total=total, initial=initial, unit=unit, leave=False, **silent)
 
 

@@ -1,4 +1,4 @@
-"""``python -m kdlib``: from weights to an ONNX file, and from a picture to its classes, without a notebook."""
+"""``python -m kdlib``: train, from weights to an ONNX file, and from a picture to its classes, without a notebook."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import torch
 
 from kdlib.deploy.export import export_onnx
 from kdlib.deploy.saved import load_saved, predict
+from kdlib.scale.cli import add_command
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 1 with a message on standard error if something is wrong with a file."""
-    parser = argparse.ArgumentParser(prog="python -m kdlib", description="Export networks, and predict with them.")
+    """Run a command; returns the exit status: 1 with a message on standard error if a file or a value is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kdlib", description="Train networks, export them, and predict with them."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--network", help="of the weights, package.module:function, if it is your own")
@@ -33,11 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
     predict_command.add_argument("--top", type=int, default=3, help="how many classes of each (3)")
     predict_command.set_defaults(run=_predict)
 
+    add_command(commands)
+
     options = parser.parse_args(arguments)
     sys.path.insert(0, "")  # so that a network of the reader's own is found in the working folder
     try:
         options.run(options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

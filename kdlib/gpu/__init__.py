@@ -1,7 +1,8 @@
 """Speed, and never results beyond rounding: where a network runs, in which precision, and with which operations.
 
 Training calls :class:`Engine`, and ``fast=False`` there turns off what is not plain PyTorch in the student's step: half
-precision, fused operations and the recorded step. On a CPU there is nothing to turn off.
+precision, fused operations and the recorded step. On a CPU there is nothing to turn off. Several processes that train
+one network together are in :mod:`kdlib.gpu.ranks`.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from kdlib.data import Batch
+from kdlib.gpu import ranks
 from kdlib.records.identity import IdentityError
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
     """`device` if given; otherwise the GPU if there is one, otherwise the CPU.
 
-    Others, such as ``mps`` and ``xpu``, are only used if given: they compute in float32, and were not tried.
+    Others, such as ``mps`` and ``xpu``, are only used if given: they compute in float32, and were not tried. Under
+    ``torchrun`` the process joins the others first (:mod:`kdlib.gpu.ranks`), since each has a GPU of its own.
     """
+    ranks.start()
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -126,13 +130,34 @@ class Engine:
     Args:
         model: in train mode, not yet moved to `device`.
         images: (B, C, H, W), normalised: an example of what it is going to see.
+        batch_size: images per step, of all processes together (see :mod:`kdlib.gpu.ranks`); None: one of each.
         fast: False for plain PyTorch in float32, every step started from Python.
+
+    Raises:
+        ValueError: a batch has fewer images than there are processes.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, images: Tensor, *, fast: bool = True):
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        images: Tensor,
+        *,
+        batch_size: int | None = None,
+        fast: bool = True,
+    ):
+        self.batch_size = batch_size or ranks.world()
+        if self.batch_size < ranks.world():
+            raise ValueError(
+                f"a batch of {batch_size} for {ranks.world()} processes: expected an image for each or more"
+            )
+        self.share = ranks.share_of(self.batch_size)
+        # of this process's mean loss where those of all processes are averaged: 1 if all shares are of one size
+        self.weight = (self.share.stop - self.share.start) * ranks.world() / self.batch_size
         self.device, self.fast = device, fast and device.type == "cuda"
         self.layout = place(model, device, images)
         self.network = optimize_for_gpu(model, device, self.layout) if self.fast else model
+        self.model, self.network = model, ranks.parallel(self.network)
         # float16 holds no small gradients: they are scaled up, and the optimiser's step scales them down again
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.fast and half_precision(device) == torch.float16)
 
@@ -147,17 +172,27 @@ class Engine:
         fused = self.device.type == "cuda"
         return torch.optim.SGD(model.parameters(), lr=learning_rate, fused=fused, **settings)
 
+    def backward(self, loss: Tensor) -> None:
+        """The gradients of the whole batch's mean loss, from this process's mean over its share of the batch."""
+        self.scaler.scale(loss if self.weight == 1 else self.weight * loss).backward()
+
+    def end_epoch(self, losses: Tensor) -> Tensor:
+        """The whole batches' mean losses (steps,), from this process's; the model's buffers become the same on all."""
+        ranks.share_buffers(self.model)
+        return ranks.mean(losses if self.weight == 1 else self.weight * losses)
+
     def record(
         self, step: Callable[[Batch], Tensor], optimizer: torch.optim.Optimizer, objective: Callable[[], object]
     ) -> Callable[[Batch], Tensor]:
-        """The training step as one CUDA graph, if it can be; otherwise as it is.
+        """The training step as one CUDA graph, if it can be; otherwise as it is, and so with several processes: while
+        a step runs, they exchange gradients, and nobody has tried to record that.
 
         Args:
             step: from a batch to its loss.
             objective: tells the identity of what the step minimises. If it has none, or if it changes, the steps are
                 not recorded: a recorded step would go on with what the objective was at the beginning.
         """
-        if not self.fast or self.scaler.is_enabled():
+        if not self.fast or self.scaler.is_enabled() or ranks.world() > 1:
             return step
         try:
             recorded = CUDAGraphStep(step, objective)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdlib.gpu import device_name
+from kdlib.gpu import device_name, ranks
 from kdlib.records.documents import as_read, as_text, differences, read_document, save_document, save_json, sealed  # noqa: F401
 from kdlib.records.files import (  # noqa: F401  what others ask this module for
     atomic_write,
@@ -59,11 +59,7 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 def provenance(device: torch.device | str, seconds: float) -> dict:
     """How, when and where something was made: recorded beside it, never matched."""
     return {
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "device": device_name(device),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "seconds": round(seconds, 2),
@@ -87,12 +83,13 @@ def find(folder: Path, name: str, fingerprint: dict) -> Path | None:
 
 @contextlib.contextmanager
 def reserve(folder: Path, name: str, fingerprint: dict) -> Iterator[Path | None]:
-    """What :func:`find` finds; and in the block no other process makes the file `name` in `folder`."""
-    if not folder.exists() and (path := find(folder, name, fingerprint)):
-        yield path  # of the profile's own folder: this one need not be made, as for a lock
-    else:
-        with lock(folder / name):
-            yield find(folder, name, fingerprint)
+    """What :func:`find` finds; and in the block nobody else makes the file `name` in `folder`, rank 0 does for all."""
+    first = not ranks.rank()
+    # for what is in the profile's own folder, this one need not be made, as for a lock
+    needless = not first or (not folder.exists() and find(folder, name, fingerprint))
+    with contextlib.nullcontext() if needless else lock(folder / name):
+        yield ranks.broadcast(find(folder, name, fingerprint) if first else None)
+        ranks.barrier()  # what rank 0 makes is there for all
 
 
 def base_folder(folder: Path) -> Path:
@@ -297,4 +294,7 @@ def _finish_renaming(path: Path) -> None:
 def _mismatch(path: Path, fingerprint: dict) -> str:
     if not (known := record(path)) and record_path(path).exists():
         return "its record is damaged"
-    return differences(known.get("fingerprint"), as_read(fingerprint))
+    wanted = as_read(fingerprint)
+    if "processes" not in (known.get("fingerprint") or {}):
+        wanted.pop("processes", None)  # what one process made serves several as well, but not the reverse
+    return differences(known.get("fingerprint"), wanted)

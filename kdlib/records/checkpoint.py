@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from kdlib.gpu import ranks
 from kdlib.records import artefacts, files
 
 CHECKPOINT_SECONDS = 60  # at least so long between two checkpoints of a long run
@@ -21,7 +22,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Checkpoint:
-    """One unfinished run's file; the one before it is kept too, as ``<name>.previous``.
+    """One unfinished run's file; the one before it is kept too, as ``<name>.previous``. Rank 0 writes, all read.
 
     As a context manager it catches Ctrl-C and SIGTERM: the epoch is finished and saved, and then the signal takes its
     course. The second time it does so at once.
@@ -68,7 +69,7 @@ class Checkpoint:
         """
         refused: list[Exception] = []
         for file in (self.path, previous(self.path)) if self.path is not None else ():
-            if not file.exists():
+            if not ranks.broadcast(file.exists()):
                 continue
             try:
                 history = self._load(file)
@@ -111,7 +112,9 @@ class Checkpoint:
         """
         wait = CHECKPOINT_SECONDS * max(1.0, 5 * self.cost)  # where writing is slow, it takes a 300th of the time
         start = time.perf_counter()
-        if self.path is not None and (self.received is not None or start - self.saved_at >= wait):
+        self.received = ranks.broadcast(self.received)  # a signal reaches ranks in different epochs; rank 0's counts
+        due = self.received is not None or start - self.saved_at >= wait
+        if self.path is not None and due and not ranks.rank():
             try:
                 self._write(history)
             except OSError as error:
@@ -119,6 +122,7 @@ class Checkpoint:
             self.saved_at = time.perf_counter()
             self.cost = self.saved_at - start
         if self.received is not None:
+            ranks.barrier()  # rank 0 has written it
             self._obey(self.received)
 
     def _write(self, history: dict[str, list[float]]) -> None:

@@ -17,6 +17,8 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
+from kdlib.gpu import ranks
+
 LOCKS = ".locks"  # the folder, beside the files, of the locks of those that are being made
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _TEMPORARY = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}-.+|\.[0-9a-f]{32}(-.+)?")  # the second: of older versions
@@ -98,7 +100,9 @@ def check_writable(folder: Path) -> None:
 
 
 def check_room(path: Path, size: int) -> None:
-    """OSError if no file of `size` bytes can be written at `path`; what is there stays as it is."""
+    """OSError if no file of `size` bytes can be written at `path`; what is there stays as it is. Rank 0 tries."""
+    if ranks.rank():
+        return
     with temporary(path) as probe, open(probe, "wb") as file:
         for start in range(0, size, 2**20):
             file.write(bytes(min(2**20, size - start)))

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from torch import Tensor, nn
 
 from kdlib.data import ImageSet, Targets
+from kdlib.gpu import ranks
 from kdlib.models import NETWORKS, build, network_name
 from kdlib.records import identity
 from kdlib.records.identity import IdentityError, identify
@@ -43,13 +44,16 @@ def fingerprint(
             f"targets {targets!r} are neither SoftLabels nor a LiveTeacher: they train, but cannot be identified by "
             "their content; make soft labels of them with kdlib.generate, or call kdlib.train without a checkpoint"
         )
-    return {
+    made_from = {
         "network": {"name": name, "architecture": identity.network(model), "start": _start(network, model)},
         "data": data.identity,
         "loss_fn": identify(loss_fn),
         "targets": None if targets is None else targets.identity,
         "recipe": asdict(recipe),
     }
+    if ranks.depends_on_processes(model):
+        made_from["processes"] = ranks.world()
+    return made_from
 
 
 def _start(network: str | Callable | nn.Module, model: nn.Module) -> object:

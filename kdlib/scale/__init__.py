@@ -1,0 +1,1 @@
+"""Beyond one process: the command that trains on several."""
