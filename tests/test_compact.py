@@ -267,6 +267,8 @@ def test_ranks_write_shards_of_their_own_and_the_last_one_the_manifest(image_set
     together = quiet(folder, teacher, data, 2, 1, shard=5, rank=1, ranks=2)
     assert together.identity == alone.identity
     assert load_compact(folder, data).identity == alone.identity
+    (folder / "shard_00001.npy").unlink()  # of rank 1: without it, rank 0 does not call them complete
+    assert quiet(folder, teacher, data, 2, 1, shard=5, rank=0, ranks=2) is None
     with pytest.raises(ValueError, match="rank is 2 of 2: expected a rank from 0 to 1"):
         quiet(folder, teacher, data, 2, 1, rank=2, ranks=2)
 

@@ -2,8 +2,8 @@
 
 A folder holds ``shard_00000.npy``, ``shard_00001.npy`` and so on, each with (V, n) rows of a
 :class:`kdlib.scale.compact.Layout` for n images, and its record beside it; and ``manifest.json``, which is written
-last, under a checksum of its own. It names the data, the teacher, views and k, and the SHA-256 of each shard. Shards are
-read through memory maps, and a shard's SHA-256 is checked when it is first read from.
+last, under a checksum of its own. It names the data, the teacher, views and k, and the SHA-256 of each shard. Shards
+are read through memory maps, and a shard's SHA-256 is checked when it is first read from.
 """
 
 from __future__ import annotations
@@ -77,14 +77,7 @@ def generate_compact(
         shard = max(1, min(AT_MOST // (views * rows.bytes), math.ceil(len(data) / AT_LEAST)))
     if shard < 1:
         raise ValueError(f"shard is {shard}: expected at least 1 image per shard")
-    teacher_identity = LiveTeacher(teacher).identity
-    made_from = {
-        "data": data.identity,
-        "teacher": teacher_identity,
-        "views": views,
-        "k": rows.k,
-        "classes": rows.classes,
-    }
+    made_from = {"data": data.identity, "teacher": LiveTeacher(teacher).identity, "views": views, **rows._asdict()}
     wanted = {
         f"shard_{number:05}.npy": made_from | {"images": [first, min(first + shard, len(data))]}
         for number, first in enumerate(range(0, len(data), shard))
@@ -255,8 +248,8 @@ def _finish(path: Path, fingerprint: dict, wanted: dict[str, dict]) -> bool:
     """Write the manifest if all shards are there, and rename what else is called a shard to a backup."""
     folder = path.parent
     with artefacts.lock(path):
-        known = {file: artefacts.record(folder / file) for file in wanted}
-        if any(known[file].get("fingerprint") != artefacts.as_read(made_from) for file, made_from in wanted.items()):
+        known = {file: artefacts.record(folder / file) for file in wanted if (folder / file).exists()}
+        if any(known.get(f, {}).get("fingerprint") != artefacts.as_read(made) for f, made in wanted.items()):
             return False
         for other in folder.glob("shard_[0-9]*.npy"):
             if other.name not in wanted and other.stem[6:].isdigit():
