@@ -318,7 +318,7 @@ def test_a_manifest_that_was_changed_is_refused(image_set, toy_teacher, tmp_path
     assert quiet(tmp_path, toy_teacher(data), data, 2, 1).identity == saved.identity
 
 
-def test_other_images_and_more_views_than_there_are_are_refused(image_set, toy_teacher, tmp_path):
+def test_other_images_and_more_views_than_there_are_are_refused(image_set, toy_teacher, tmp_path, monkeypatch):
     data, others = image_set(20), image_set(20, seed=1)
     saved = quiet(tmp_path, toy_teacher(data), data, 2, 1)
     student = build("perceptron", data.classes, data.channels, seed=0)
@@ -335,6 +335,9 @@ def test_other_images_and_more_views_than_there_are_are_refused(image_set, toy_t
         train(student, data, DISTILLATION, replace(two, mixup=1.0), targets=saved, progress=False)
     with pytest.raises(ValueError, match="views is 10: expected at most 9"):
         quiet(tmp_path / "more", toy_teacher(data), data, 10, 1)
+    monkeypatch.setattr("kdlib.scale.compact_files.AT_MOST", 30)
+    with pytest.raises(ValueError, match="views is 9: expected at most 6 for k=1, in one shard"):
+        quiet(tmp_path / "more", toy_teacher(data), data, None, 1)
     with pytest.raises(ValueError, match="shard is 0: expected at least 1 image per shard"):
         quiet(tmp_path / "more", toy_teacher(data), data, 2, 1, shard=0)
 

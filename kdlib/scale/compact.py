@@ -105,6 +105,9 @@ class Table(Protocol):
     def __getitem__(self, views_and_indices: tuple[Tensor, Tensor]) -> Tensor:
         """The bytes (B, bytes) of the images at those indices (B,) in those views (B,)."""
 
+    def to(self, device: torch.device | str) -> Table:
+        """The same for the memory of `device`."""
+
 
 @dataclass(frozen=True)
 class CompactSoftLabels(Targets):
@@ -172,5 +175,7 @@ def compress(soft_labels: SoftLabels, k: int) -> CompactSoftLabels:
         ValueError: k is not between 1 and the number of classes.
     """
     chosen = layout(soft_labels.logits.shape[2], k)
-    table = torch.stack([chosen.encode(view) for view in soft_labels.logits])
+    # in parts, since each is computed in single precision
+    encoded = [torch.cat([chosen.encode(part) for part in view.split(2**14)]) for view in soft_labels.logits]
+    table = torch.stack(encoded)
     return CompactSoftLabels(table, chosen, soft_labels.data, identity.content(table))

@@ -73,6 +73,8 @@ def generate_compact(
     folder, views, rows = Path(folder), data.resolve_views(views), layout(data.classes, k)
     if not 0 <= rank < ranks:
         raise ValueError(f"rank is {rank} of {ranks}: expected a rank from 0 to {ranks - 1}")
+    if views * rows.bytes > AT_MOST:  # such as all views of images whose views have no end
+        raise ValueError(f"views is {views:,}: expected at most {AT_MOST // rows.bytes:,} for k={k}, in one shard")
     if shard is None:
         shard = max(1, min(AT_MOST // (views * rows.bytes), math.ceil(len(data) / AT_LEAST)))
     if shard < 1:
