@@ -6,7 +6,8 @@ SC 2011), so that everybody gets the same parameters for it, on every machine an
 needs to store them. So a teacher's logits can be stored for such views, and looked up by view and index.
 
 The parameters are computed from integers with the four basic operations and square roots alone, which IEEE 754 rounds
-alike everywhere. The pixels are torchvision's work, and the same with the same version of it.
+alike everywhere. The pixels are the same with the same PyTorch and torchvision, on any processor, except that two
+operations of RandAugment, color and sharpness, may round a value to the next of the 256 levels.
 """
 
 from __future__ import annotations
@@ -84,23 +85,30 @@ class SeededViews:
     resize: int | None = None  # shorter side to which an image is resized for its clean view, pixels; None: size
 
     def __post_init__(self):
-        for name in ("scale", "ratio", "rand_augment"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))  # a list is equal to no tuple
+        for name, kind in {"scale": float, "ratio": float, "rand_augment": int}.items():
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and all(kind(x) == x for x in value):  # written alike, they are known alike
+                object.__setattr__(self, name, tuple(map(kind, value)))
         for name, least in {"size": 1, "resize": self.size}.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name} is {value!r}: expected a whole number of pixels, at least {least}")
-        for name, most in {"scale": 1.0, "ratio": math.inf}.items():
-            pair = getattr(self, name)
-            if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most or pair[1] == math.inf:
-                raise ValueError(f"{name} is {pair!r}: expected two numbers above 0{' to 1' * (most == 1)}, in order")
-        if self.rand_augment is not None:
-            count, strength = self.rand_augment if len(self.rand_augment) == 2 else (None, None)
-            if not isinstance(count, int) or count < 1 or not isinstance(strength, int) or not 0 <= strength <= 30:
+        for name, most in {"scale": 1.0, "ratio": 1000.0}.items():
+            match getattr(self, name):
+                case (float(low), float(high)) if 0 < low <= high <= most:
+                    continue
+            raise ValueError(
+                f"{name} is {getattr(self, name)!r}: expected two numbers from above 0 to {most:g}, in order"
+            )
+        match self.rand_augment:
+            case None:
+                pass
+            case (int(count), int(strength)) if count >= 1 and 0 <= strength <= 30:
+                pass
+            case other:
                 raise ValueError(
-                    f"rand_augment is {self.rand_augment!r}: expected the number of operations, at least 1, and their "
-                    "strength, a whole number from 0 to 30; or None"
+                    f"rand_augment is {other!r}: expected the number of operations, at least 1, and their strength, a "
+                    "whole number from 0 to 30; or None"
                 )
 
     @property
@@ -144,7 +152,7 @@ class SeededViews:
         rows, columns = _pixels(parameters.height, height), _pixels(parameters.width, width)
         top = min((parameters.top * height + ONE // 2) >> 16, height - rows)
         left = min((parameters.left * width + ONE // 2) >> 16, width - columns)
-        made = functional.resized_crop(channels_first, top, left, rows, columns, [self.size] * 2, antialias=True)
+        made = _resized(channels_first[:, top : top + rows, left : left + columns], self.size, self.size)
         if parameters.mirrored:
             made = functional.horizontal_flip(made)
         for name, strength in parameters.operations:
@@ -152,9 +160,10 @@ class SeededViews:
         return made.permute(1, 2, 0)
 
     def _clean(self, image: Tensor) -> Tensor:
+        height, width = image.shape[1:]
         shorter = self.resize or self.size
-        if min(image.shape[1:]) != shorter and tuple(image.shape[1:]) != (self.size, self.size):
-            image = functional.resize(image, [shorter], antialias=True)
+        if min(height, width) != shorter and (height, width) != (self.size, self.size):
+            image = _resized(image, *(max(1, side * shorter // min(height, width)) for side in (height, width)))
         return functional.center_crop(image, [self.size, self.size])
 
 
@@ -203,10 +212,17 @@ def _pixels(part: int, side: int) -> int:
     return max(1, (part * side + ONE // 2) >> 16)
 
 
+def _resized(image: Tensor, height: int, width: int) -> Tensor:
+    """An image (C, H, W) uint8 in another size: in whole numbers, and so the same on every processor.
+
+    torchvision's own function computes in floats where the processor has no AVX2.
+    """
+    return torch.nn.functional.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+
+
 def _changed(image: Tensor, name: str, strength: float) -> Tensor:
     """An image (C, H, W) uint8 after one of RandAugment's operations, as torchvision does it."""
     height, width = image.shape[1:]
-    colours = image.shape[0] == 3
     match name:
         case "shear_x" | "shear_y":
             angle = math.degrees(math.atan(strength))
@@ -220,9 +236,9 @@ def _changed(image: Tensor, name: str, strength: float) -> Tensor:
         case "brightness":
             return functional.adjust_brightness(image, 1 + strength)
         case "color":
-            return functional.adjust_saturation(image, 1 + strength) if colours else image
+            return functional.adjust_saturation(image, 1 + strength)
         case "contrast":
-            return functional.adjust_contrast(image, 1 + strength) if image.shape[0] in (1, 3) else image
+            return functional.adjust_contrast(image, 1 + strength)
         case "sharpness":
             return functional.adjust_sharpness(image, 1 + strength)
         case "posterize":
