@@ -100,6 +100,8 @@ def check_writable(folder: Path) -> None:
 def check_room(path: Path, size: int) -> None:
     """OSError if no file of `size` bytes can be written at `path`; what is there stays as it is."""
     with temporary(path) as probe, open(probe, "wb") as file:
+        if size > shutil.disk_usage(path.parent).free:  # seen without filling the disk, which others may share
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for start in range(0, size, 2**20):
             file.write(bytes(min(2**20, size - start)))
 

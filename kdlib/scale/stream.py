@@ -261,9 +261,7 @@ def _kept(root, name: str, cache: Path, size: int, workers: int, progress: bool)
     paths = {split: cache_path(cache, f"{name}/{split}", size) for split in SPLITS}
     if not isinstance(root, Mapping) and not Path(root).expanduser().is_dir():
         if not paths["train"].exists():
-            raise FileNotFoundError(
-                f"no such folder: {root}; and {cache} holds nothing of {name} in {size}x{size} either"
-            )
+            raise FileNotFoundError(f"no such folder: {root}; nor does {cache} hold {name} in {size}x{size}")
         return {split: CachedImages(path) for split, path in paths.items() if path.exists()}
     sources = find_sources(root if isinstance(root, Mapping) else Path(root).expanduser(), name)
     options = dict(workers=workers, progress=progress)

@@ -24,7 +24,7 @@ from kdlib.records.identity import digest
 from kdlib.scale.stream_sources import Source
 from kdlib.train import progress_bar
 
-AT_ONCE = 2**25  # bytes that are written and hashed at once: what is lost at most when the making is stopped
+AT_ONCE = 2**23  # bytes that are written and hashed at once: what is lost at most when the making is stopped
 GIVEN = "give load_images the tree again, so that the file is made once more"
 
 
@@ -163,19 +163,19 @@ def _write(source, size, file: BinaryIO, log, workers: int, progress: bool) -> t
         generator=torch.Generator(),  # so that the global one stays as it is
     )
     with progress_bar(len(source), progress, done, unit="image") as bar:
-        pixels: list[np.ndarray] = []
+        pixels = np.empty((at_once, *shape[1:]), np.uint8)
         for k, one in enumerate(loader, done):
-            pixels.append(one.numpy())
-            sums[k] = _sums(pixels[-1])
+            pixels[k - done] = one.numpy()
+            sums[k] = _sums(one.numpy())
             bar.update()
-            if len(pixels) == at_once or k + 1 == len(source):
-                content = np.stack(pixels).tobytes()
+            if k + 1 - done == at_once or k + 1 == len(source):
+                content = pixels[: k + 1 - done]
                 file.write(content)
                 file.flush()
                 whole.update(content)
                 log.write(json.dumps([k + 1, hashlib.sha256(content).hexdigest()]) + "\n")
                 log.flush()
-                pixels.clear()
+                done = k + 1
     return whole.hexdigest(), sums
 
 
@@ -208,7 +208,7 @@ def _resume(file, log, header: bytes, shape, at_once: int, whole, sums: np.ndarr
 def _sums(pixels: np.ndarray) -> np.ndarray:
     """The sums of an image's values and of their squares, per channel: (2, C), whole numbers as float64."""
     values = pixels.reshape(-1, pixels.shape[-1]).astype(np.float64)
-    return np.stack([values.sum(0), (values**2).sum(0)])
+    return np.stack([np.ones(len(values)) @ values, np.einsum("pc,pc->c", values, values)])  # exact in any order
 
 
 class _Decoded(Dataset):
