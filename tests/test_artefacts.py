@@ -20,6 +20,7 @@ from kdlib.records.artefacts import (
     atomic_write,
     base_folder,
     check_content,
+    check_room,
     check_writable,
     did_you_mean,
     digest,
@@ -503,7 +504,7 @@ def linear_network(classes, channels):
 
 def test_room_is_looked_for_without_filling_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(5000, 4000, 1000))
-    artefacts.check_room(tmp_path / "small.npy", 1000)
+    check_room(tmp_path / "small.npy", 1000)
     with pytest.raises(OSError, match=r"large.npy cannot be written \(No space left on device"):
-        artefacts.check_room(tmp_path / "large.npy", 1001)
+        check_room(tmp_path / "large.npy", 1001)
     assert list(tmp_path.iterdir()) == []
