@@ -164,6 +164,7 @@ def test_a_hugging_face_data_set_gives_the_same_images(tree, load):
         load(splits, name="unlabelled")
 
 
+@pytest.mark.filterwarnings("ignore")  # of its own
 def test_datasets_of_hugging_face_itself(tree, load, tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["n01", "n02", "n03"])})
