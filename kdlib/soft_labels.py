@@ -164,6 +164,8 @@ def load_or_generate(
 
     What is matched: the images, the number of views (None: all there are), and the teacher's weights.
     """
+    if views is None and data.resolve_views(None) >= 2**31:  # by seed, without end
+        raise ValueError(f"views is None: expected a number, since {data.name} has views without end")
     folder, views, device = Path(folder), data.resolve_views(views), gpu.pick_device(device)
     made_from = {"data": data.identity, "views": views, "teacher": LiveTeacher(teacher).identity}
     with artefacts.reserve(folder, file, made_from) as path:

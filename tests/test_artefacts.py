@@ -7,6 +7,7 @@ import os
 import pickle
 import platform
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from kdlib.records.artefacts import (
     atomic_write,
     base_folder,
     check_content,
+    check_room,
     check_writable,
     did_you_mean,
     digest,
@@ -498,3 +500,11 @@ def test_a_folder_may_be_a_string_and_the_working_folder(folder, image_set, tmp_
 
 def linear_network(classes, channels):
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64 * channels, classes))
+
+
+def test_room_is_looked_for_without_filling_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(5000, 4000, 1000))
+    check_room(tmp_path / "small.npy", 1000)
+    with pytest.raises(OSError, match=r"large.npy cannot be written \(No space left on device"):
+        check_room(tmp_path / "large.npy", 1001)
+    assert list(tmp_path.iterdir()) == []

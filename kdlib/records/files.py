@@ -104,6 +104,8 @@ def check_room(path: Path, size: int) -> None:
     if ranks.rank():
         return
     with temporary(path) as probe, open(probe, "wb") as file:
+        if size > shutil.disk_usage(path.parent).free:  # seen without filling the disk, which others may share
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for start in range(0, size, 2**20):
             file.write(bytes(min(2**20, size - start)))
 
