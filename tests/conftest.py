@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import ModuleType
 
 import matplotlib
 import numpy as np
@@ -12,7 +13,7 @@ from filelock import FileLock
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels for a GPU run here too; read when torchvision imports Triton
 
-from workshop import render_site
+from workshop import ROOT, render_site, tool
 
 from kdlib import build
 from kdlib.data import ImageSet
@@ -43,6 +44,31 @@ def site(tmp_path_factory) -> Path:
             html = render_site(tmp_path_factory.mktemp("site"))
             address.write_text(str(html), encoding="utf-8")
     return Path(address.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def audit() -> ModuleType:
+    """tools/audit.py, and with it a browser. Where there is none, the tests that need one are skipped."""
+    for name in ("playwright", "axe_playwright_python"):
+        pytest.importorskip(name, reason=f"no browser: {name} is not installed")
+    module = tool(ROOT, "audit")
+    if module.chromium() is None:
+        pytest.skip("no browser: no Chromium found; on Debian: apt-get install chromium")
+    return module
+
+
+@pytest.fixture(scope="module")
+def browser(audit):
+    """A Chromium that reaches nothing but this machine. A module closes it, since its event loop disturbs others."""
+    with audit.started() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def base(audit, site):
+    """The address of the rendered book, on this machine."""
+    with audit.served(site) as address:
+        yield address
 
 
 def make_images(

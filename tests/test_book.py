@@ -509,6 +509,19 @@ def test_every_page_is_there(site):
     assert rendered == set(files)
 
 
+def test_a_description_ends_with_a_sentence(site):
+    seen = set()
+    for path in [site / "index.html", *(site / "book").glob("*.html")]:
+        texts = [
+            tag["content"] for tag in page(path).select('meta[name="description"], meta[property="og:description"]')
+        ]
+        assert len(texts) == 2
+        assert texts[0] == texts[1]
+        assert re.fullmatch(r"[A-Z][^\\]{30,299}[^.][.?]", texts[0]), f"{path.name}: {texts[0]}"
+        seen.add(texts[0])
+    assert len(seen) == len(list((site / "book").glob("*.html")))  # the first page has that of index.html
+
+
 def test_every_link_leads_somewhere(site):
     pages = {path: page(path) for path in [*site.glob("*.html"), *(site / "book").glob("*.html")]}
     anchors = {path: {tag["id"] for tag in soup.find_all(id=True)} for path, soup in pages.items()}

@@ -18,6 +18,8 @@ from bs4 import BeautifulSoup, Tag
 UNUSED = ("*.map", "scripts/fontawesome.js*", "vendor/**/*.ttf", "locales", "*webpack-macros.html")
 FOR_SEARCH = re.compile(r"(searchtools|language_data|searchindex)\.js")
 NOT_PROSE = ".headerlink, .highlight, .cell, .stamp, .caption-number, .ways, table, script"
+SENTENCE = re.compile(r"(?<=[.?!])\s+(?=[A-Z“])")
+MOST_DESCRIBED = 300  # characters of a page's description
 HOME = "book/intro.html"
 # On the address of the site itself there is no page, but the way to the first.
 INDEX = """<!DOCTYPE html>
@@ -113,11 +115,28 @@ def finish_head(soup: BeautifulSoup, *, is_search: bool) -> None:
                 tag.decompose()
             else:
                 tag["content"] = soup.html["data-content_root"] + tag["content"]
+    if text := description(soup):
+        for tag in soup.find_all("meta", attrs={"content": True}):
+            if "description" in (tag.get("name"), (tag.get("property") or "").removeprefix("og:")):
+                tag["content"] = text
     parts = soup.title.get_text().split(" — ")
     soup.title.string = " — ".join(dict.fromkeys(part.strip() for part in parts))
     if is_search:
         for name in ("search.js", "sections.js"):
             soup.head.append(soup.new_tag("script", src=f"_static/{name}", defer=""))
+
+
+def description(soup: BeautifulSoup) -> str:
+    """What a page is about: as many of its first sentences as fit, without figures and what follows a subtitle."""
+    text = ""
+    for paragraph in soup.select("article section > p"):
+        if paragraph.find("strong") and plain(paragraph.find("strong")) == plain(paragraph):
+            break
+        for sentence in SENTENCE.split(plain(paragraph)):
+            if len(text) + len(sentence) > MOST_DESCRIBED:
+                return text.strip() or sentence
+            text += f"{sentence} "
+    return text.strip()
 
 
 def finish_body(soup: BeautifulSoup) -> None:

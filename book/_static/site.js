@@ -28,13 +28,18 @@ document.querySelectorAll(".bd-article a.image-reference").forEach((link) =>
     enlarge(link);
   }));
 
-// Solutions and code that are folded are printed, and folded again afterwards.
+// Solutions and code that are folded are printed, dark on white, and everything is as it was afterwards.
 let folded = [];
+let theme = null;
 const unfold = () => {
+  theme ??= document.documentElement.dataset.theme;
+  document.documentElement.dataset.theme = "light";
   folded.push(...document.querySelectorAll(".bd-article details:not([open])"));
   folded.forEach((details) => (details.open = true));
 };
 const fold = () => {
+  document.documentElement.dataset.theme = theme ?? document.documentElement.dataset.theme;
+  theme = null;
   folded.forEach((details) => (details.open = false));
   folded = [];
 };

@@ -117,20 +117,24 @@
       show();
     }
 
-    // Drawing. A pointer is a mouse, a finger or a pen; the pad may be shown smaller than it is.
+    // Drawing. A pointer is a mouse, a finger or a pen; a second finger is not primary, and its line would cross over
+    // from the first. The pad may be shown smaller than it is.
     let last = null;
     const position = (event) => {
       const box = pad.getBoundingClientRect();
       return [event.clientX - box.left, event.clientY - box.top].map((x) => (x * PAD) / box.width);
     };
     pad.addEventListener("pointerdown", (event) => {
+      if (!event.isPrimary || event.button) return;
       if (picker.selected() !== null) empty(); // what is drawn does not mix with a test image
       pad.setPointerCapture(event.pointerId);
       last = position(event);
       draw(event);
     });
-    pad.addEventListener("pointermove", (event) => last && draw(event));
-    for (const end of ["pointerup", "pointercancel"]) pad.addEventListener(end, () => (last = null));
+    pad.addEventListener("pointermove", (event) => last && event.isPrimary && draw(event));
+    for (const end of ["pointerup", "pointercancel"]) {
+      pad.addEventListener(end, (event) => event.isPrimary && (last = null));
+    }
     function draw(event) {
       const next = position(event);
       Object.assign(pen, { strokeStyle: "#fff", lineWidth: PEN, lineCap: "round", lineJoin: "round" });
