@@ -16,7 +16,8 @@ import kdlib
 from kdlib.deploy import cli
 from kdlib.gpu import ranks
 from kdlib.records import artefacts
-from kdlib.scale.cli import changed_profile
+from kdlib.scale.cli import _tell, changed_profile
+from kdlib.train import History
 
 CLOSE = {"torch.float64": 1e-9, "torch.float32": 1e-5}  # absolute, on weights of the order of 1
 
@@ -156,6 +157,17 @@ def test_the_command_makes_what_a_chapter_then_finds(isolated, tmp_path, monkeyp
     teacher = kdlib.load_teacher(settings, data)
     student = kdlib.load_student(settings, data, teacher, "distilled", "perceptron", 0)
     assert [teacher.path.name, teacher.soft_labels.path.name, student.path.name] == list(files)
+
+
+@pytest.mark.parametrize("mark", [{}, {"processes": 2}])
+def test_the_command_says_what_a_chapter_will_not_take(tmp_path, capsys, mark):
+    path = tmp_path / "net.pth"
+    artefacts.save_weights(path, kdlib.build("tiny_cnn", 4, 1), fingerprint={"data": "toy", **mark})
+    made = {"seconds": 3.2, "device": "CPU"}
+    _tell(kdlib.Network(None, History([1.0], [0.5], [3.2]), {}, made, 0.1, path))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{path}: validation accuracy 50.00% after 1 epoch; trained in 3 s on CPU"
+    assert [line.partition(",")[0] for line in said[1:]] == (["  made by 2 processes"] if mark else [])
 
 
 def test_a_changed_recipe_is_of_the_role_and_has_a_folder_of_its_own(isolated):

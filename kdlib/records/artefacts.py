@@ -294,7 +294,7 @@ def _finish_renaming(path: Path) -> None:
 def _mismatch(path: Path, fingerprint: dict) -> str:
     if not (known := record(path)) and record_path(path).exists():
         return "its record is damaged"
-    wanted = as_read(fingerprint)
-    if "processes" not in (known.get("fingerprint") or {}):
+    found, wanted = known.get("fingerprint"), as_read(fingerprint)
+    if isinstance(found, dict) and "processes" not in found:
         wanted.pop("processes", None)  # what one process made serves several as well, but not the reverse
-    return differences(known.get("fingerprint"), wanted)
+    return differences(found, wanted)

@@ -24,7 +24,7 @@ from kdlib.evaluate import ROLES
 from kdlib.gpu import ranks
 from kdlib.profiles import PARAMETERS, Profile, resolve
 from kdlib.published import Network, load_student, load_teacher
-from kdlib.records.artefacts import did_you_mean, digest
+from kdlib.records.artefacts import did_you_mean, digest, record
 from kdlib.train import Recipe
 
 OF_THE_PROFILE = tuple(name for name in PARAMETERS if name != "start_from")  # what is published needs no training
@@ -113,8 +113,13 @@ def _setting(text: str) -> tuple[str, object]:
 
 
 def _tell(trained: Network) -> None:
-    made = trained.provenance
+    made, epochs = trained.provenance, len(trained.history.loss)
     print(
-        f"{trained.path}: validation accuracy {trained.history.accuracy[-1]:.2%} after {len(trained.history.loss)} "
-        f"epochs; trained in {made['seconds']:,.0f} s on {made['device']}"
+        f"{trained.path}: validation accuracy {trained.history.accuracy[-1]:.2%} after {epochs} "
+        f"epoch{'s' if epochs > 1 else ''}; trained in {made['seconds']:,.0f} s on {made['device']}"
     )
+    if processes := record(trained.path).get("fingerprint", {}).get("processes"):
+        print(
+            f"  made by {processes} processes, with batch norm or dropout over a share of each batch; one process, "
+            "such as a notebook's, trains its own in its place, and keeps this one as a backup"
+        )
