@@ -1,4 +1,4 @@
-"""The recipes for TinyImageNet and ImageNet end to end, on made-up trees of the true layout: a minute or two.
+"""The recipes for TinyImageNet and ImageNet end to end, on made-up trees of the true layout.
 
     python -m tests.miniature                  # 200 classes x 5 images, and 1,000 classes x 3
     python -m tests.miniature --classes 10     # what test_recipes_scale.py does
@@ -75,12 +75,13 @@ def play(recipe: str, root: Path, outputs: Path, students: list[str]) -> list[Ou
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--classes", type=int, help="fewer than the data sets have")
+    parser.add_argument("--recipe", choices=TREES, nargs="*", default=list(TREES))
     options = parser.parse_args()
     warnings.filterwarnings("ignore", "the teacher agrees with")  # it is hardly trained
     torch.set_num_threads(1)
-    for recipe, tree in TREES.items():
+    for recipe in options.recipe:
         with tempfile.TemporaryDirectory() as folder:
-            root = tree(Path(folder) / recipe, **({"classes": options.classes} if options.classes else {}))
+            root = TREES[recipe](Path(folder) / recipe, **({"classes": options.classes} if options.classes else {}))
             outputs, students = Path(folder) / "outputs", list(RECIPES[recipe].students)
             start = time.process_time()
             with contextlib.redirect_stdout(None):

@@ -133,11 +133,11 @@ RECIPES = {
 
 def in_little(recipe: ScaleRecipe) -> ScaleRecipe:
     """The same way through the code in little: small images, one epoch, a teacher without weights from elsewhere."""
-    views = recipe.views and replace(recipe.views, size=28, resize=32)
-    little = {"epochs": 1, "batch_size": 32, "learning_rate": 0.01}
+    views = recipe.views and replace(recipe.views, size=14, resize=16)
+    little = {"epochs": 1, "batch_size": 64, "learning_rate": 0.01}
     return replace(
         recipe,
-        size=32 if views else 8,
+        size=16 if views else 8,
         validation=None,
         views=views,
         padding=recipe.padding and 1,
