@@ -85,7 +85,8 @@ class StreamedImages(ImageSet):
 
     def load(self, indices: Sequence[Tensor], views: Sequence[Tensor]) -> Iterator[Batch]:
         """One batch per entry: the images at those indices (B,) in those views (B,), prepared by the workers."""
-        lengths = [*map(len, indices)]
+        if not (lengths := [*map(len, indices)]):
+            return
         rows, drawn = (torch.cat([*x]).cpu().split(lengths) for x in (indices, views))
         wanted = [(i.numpy(), v.numpy()) for i, v in zip(rows, drawn, strict=True)]
         with self._loader.reading(wanted) as pixels:
