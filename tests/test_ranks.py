@@ -16,6 +16,7 @@ import kdlib
 from kdlib.deploy import cli
 from kdlib.gpu import ranks
 from kdlib.records import artefacts
+from kdlib.scale import generate_compact
 from kdlib.scale.cli import _tell, changed_profile
 from kdlib.train import History
 
@@ -92,6 +93,15 @@ def test_one_of_them_saves_and_both_load(both, folder):
         for name in ("new", "new, again"):
             assert all(map(torch.equal, process["did"][name]["weights"].values(), saved.state_dict().values()))
     assert sorted(path.name for path in folder.glob("new/*.*")) == [".locks", "net.pth", "net.pth.json"]
+
+
+def test_shards_of_soft_labels_are_made_by_both_and_read_by_both(both, tmp_path):
+    images, teacher = two_ranks.make_images(60, seed=5), two_ranks.teacher()
+    alone = generate_compact(tmp_path, teacher, images, 2, 2, shard=9, progress=False)
+    for process, shards in zip(both, (4, 3), strict=True):
+        assert process["did"]["shards"]["saved"] == shards
+        assert process["did"]["shards, again"]["saved"] == 0
+        assert torch.equal(process["did"]["shards"]["table"], alone.table.read())
 
 
 def test_without_batch_norm_a_record_does_not_tell_how_many_processes_there_were(both, folder, monkeypatch):

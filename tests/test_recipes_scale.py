@@ -10,9 +10,10 @@ import torch
 import torchvision
 
 import kdlib
-from kdlib import Recipe
+from kdlib import Recipe, profiles
 from kdlib.data import ImageSet
-from kdlib.scale import StreamedImages, load_images, recipes
+from kdlib.deploy import cli
+from kdlib.scale import StreamedImages, load_compact, load_images, recipes
 from kdlib.scale.recipes import RECIPES, distil, in_little
 
 pytestmark = pytest.mark.usefixtures("isolated")
@@ -24,7 +25,7 @@ def test_every_role_is_played_and_found_again(name, tmp_path, capsys):
     made = miniature.play(name, root, tmp_path / "outputs", ["mobilenet_v2"])
     assert [(one.role, one.path.name) for one in made] == [
         ("teacher", "teacher_resnet50.pth"),
-        ("soft_labels", "soft_labels.npy"),
+        ("soft_labels", "soft_labels"),
         ("student", "student_mobilenet_v2.pth"),
         ("distilled", "distilled_mobilenet_v2.pth"),
     ]
@@ -33,7 +34,8 @@ def test_every_role_is_played_and_found_again(name, tmp_path, capsys):
     assert all(np.isfinite(one.scores.nll) for one in (made[0], *made[2:]))
     weights = [torch.load(one.path, weights_only=True) for one in made[2:]]
     assert not weights[0]["classifier.1.weight"].equal(weights[1]["classifier.1.weight"])
-    written = [one.path.stat().st_mtime_ns for one in made]
+    files = [path for ending in ("pth", "npy") for path in sorted(made[0].path.parent.rglob(f"*.{ending}"))]
+    written = [path.stat().st_mtime_ns for path in files]
     again = distil(
         name,
         root,
@@ -47,10 +49,11 @@ def test_every_role_is_played_and_found_again(name, tmp_path, capsys):
         miniature=True,
     )
     assert again == made[3]
-    assert [one.path.stat().st_mtime_ns for one in made] == written
+    assert [path.stat().st_mtime_ns for path in files] == written
     data = load_images(root, **in_little(RECIPES[name]).images(), cache=tmp_path / "outputs" / "cache", progress=False)
     assert type(data.train) is {"tiny_imagenet": ImageSet, "imagenet": StreamedImages}[name]
-    assert np.load(made[1].path).shape == (2, len(data.train), 4)
+    kept = load_compact(made[1].path, data.train)
+    assert (kept.views, kept.table.shape[1], kept.k) == (2, len(data.train), 2)
 
 
 def test_the_live_teacher_teaches_where_nothing_is_stored(tmp_path, monkeypatch):
@@ -62,7 +65,7 @@ def test_the_live_teacher_teaches_where_nothing_is_stored(tmp_path, monkeypatch)
         distil("imagenet", root, tmp_path / "outputs", role="soft_labels", soft_views=0, **options)
     live = distil("imagenet", root, tmp_path / "outputs", role="distilled", soft_views=0, **options)
     assert live.path.exists()
-    assert not (live.path.parent / "soft_labels.npy").exists()
+    assert not (live.path.parent / "soft_labels").exists()
 
 
 def test_torchvisions_weights_are_imagenets_teacher(tmp_path, image_set, monkeypatch):
@@ -117,3 +120,13 @@ def test_in_little_every_recipe_needs_nothing_from_elsewhere():
     for recipe in map(in_little, RECIPES.values()):
         assert recipe.teacher_recipe.epochs == 1
         assert recipe.soft_views == 2
+
+
+def test_a_recipe_is_played_from_the_shell(tmp_path, capsys):
+    root = miniature.tiny_imagenet(tmp_path / "tiny", classes=4)
+    command = ["train", "--recipe", "tiny_imagenet", "--data", str(root), "--student", "mobilenet_v2", "--miniature"]
+    assert cli.main([*command, "--role", "distilled"]) == 0
+    said = capsys.readouterr().out
+    assert f"{profiles.outputs_folder() / 'tiny_imagenet_miniature' / 'distilled_mobilenet_v2.pth'}: test acc" in said
+    assert cli.main([*command[:1], "--role", "soft_labels"]) == 1
+    assert "expected --recipe and --data together" in capsys.readouterr().err

@@ -16,6 +16,7 @@ import kdlib
 from kdlib import evaluate
 from kdlib.gpu import pick_device, ranks
 from kdlib.records import artefacts, checkpoint
+from kdlib.scale import generate_compact
 
 training = importlib.import_module("kdlib.train")
 distilled = partial(kdlib.distillation_loss, temperature=4.0, alpha=0.3)
@@ -123,6 +124,10 @@ def save(folder: Path) -> dict:
         with counted(evaluate, "outputs_of") as batches:
             logits = note(name, make, "save_array").logits
         did[name] |= {"logits": logits, "batches": len(batches)}
+    shards = partial(generate_compact, folder / "shards", teacher(), make_images(60, seed=5), 2, 2, shard=9, **QUIET)
+    for name in ("shards", "shards, again"):
+        table = note(name, shards, "save_array").table
+        did[name]["table"] = table.read()
     return did
 
 

@@ -2,6 +2,7 @@
 
     python -m kdlib train --role distilled --profile quick
     torchrun --nproc-per-node 2 -m kdlib train --role distilled --profile quick
+    torchrun --nproc-per-node 8 -m kdlib train --role distilled --recipe imagenet --data /data/imagenet
 
 Both leave the files that the chapters leave, in the same folder, and a chapter that is run afterwards finds them there.
 """
@@ -22,9 +23,10 @@ from kdlib.data import Data
 from kdlib.datasets import load_data
 from kdlib.evaluate import ROLES
 from kdlib.gpu import ranks
-from kdlib.profiles import PARAMETERS, Profile, resolve
+from kdlib.profiles import PARAMETERS, Profile, outputs_folder, resolve
 from kdlib.published import Network, load_student, load_teacher
 from kdlib.records.artefacts import did_you_mean, digest, record
+from kdlib.scale.recipes import RECIPES, distil
 from kdlib.train import Recipe
 
 OF_THE_PROFILE = tuple(name for name in PARAMETERS if name != "start_from")  # what is published needs no training
@@ -39,8 +41,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         description="Train what chapters 02, 03 and 05 train, or find it trained.",
         epilog="torchrun --nproc-per-node 2 -m kdlib train ... does it on two processes, or on two GPUs.",
     )
-    parser.add_argument("--role", choices=ROLES, required=True, help="student: on the labels alone; distilled: by the "
-                        "soft labels of the teacher, which are made first if they are missing")  # fmt: skip
+    parser.add_argument("--role", choices=(*ROLES, "soft_labels"), required=True, help="student: on the labels alone; "
+                        "distilled: under the teacher, which is made first if it is missing")  # fmt: skip
     parser.add_argument("--profile", default="auto", help="quick, laptop, full or auto: full with CUDA, else quick")
     parser.add_argument("--outputs", type=Path, help="the folder of artefacts, in place of $KDLIB_OUTPUTS")
     parser.add_argument(
@@ -48,6 +50,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         help=f"change what the profile sets: {', '.join(OF_THE_PROFILE)}; or, in the recipe of the role's networks, "
         f"{', '.join(OF_THE_RECIPE)}",
     )  # fmt: skip
+    parser.add_argument("--recipe", choices=RECIPES, help="in place of a profile; its images are in --data")
+    parser.add_argument("--data", type=Path, help="the recipe's folder, laid out as its publisher does")
+    parser.add_argument("--student", help="one of the recipe's; without it, the first")
+    parser.add_argument("--soft-views", type=int, help="views whose logits are stored; 0: the recipe's teacher is live")
+    parser.add_argument("--weights", type=Path, help="a file of torchvision's ResNet-50, for ImageNet's teacher")
+    parser.add_argument("--miniature", action="store_true", help="the recipe in little, to see if everything is there")
     parser.set_defaults(run=_train)
 
 
@@ -79,13 +87,25 @@ def changed_profile(name: str, role: str, values: dict[str, object]) -> Profile:
 def _train(options: argparse.Namespace) -> None:
     if options.outputs:
         os.environ["KDLIB_OUTPUTS"] = str(options.outputs)
+    if bool(options.recipe) != bool(options.data) or (not options.recipe and options.role == "soft_labels"):
+        raise ValueError("expected --recipe and --data together; only a recipe has the role soft_labels by itself")
     settings = changed_profile(options.profile, options.role, dict(map(_setting, options.set)))
     gpu.pick_device()  # joins the other processes, of which rank 0 prints, and warns of what all would warn of
     if ranks.rank():
         warnings.simplefilter("ignore")
     with contextlib.redirect_stdout(None if ranks.rank() else sys.stdout):
-        _train_role(options.role, settings, load_data(settings.dataset, **settings.images))
+        if options.recipe:
+            _play(options)
+        else:
+            _train_role(options.role, settings, load_data(settings.dataset, **settings.images))
     ranks.stop()
+
+
+def _play(options: argparse.Namespace) -> None:
+    own = {name: getattr(options, name) for name in ("role", "student", "soft_views", "weights", "miniature")}
+    made = distil(options.recipe, options.data, outputs_folder(), **own)
+    scores = f": test accuracy {made.scores.accuracy:.2%}" if made.scores else ""
+    print(f"{made.path or 'the teacher with torchvision’s weights'}{scores}")
 
 
 def _train_role(role: str, settings: Profile, data: Data) -> None:

@@ -22,6 +22,7 @@ from kdlib import gpu
 from kdlib.checks.logits import check_logits
 from kdlib.data import ImageSet
 from kdlib.evaluate import outputs_of
+from kdlib.gpu import ranks as processes
 from kdlib.losses import at_least_float32
 from kdlib.records import artefacts
 from kdlib.records.documents import load_document
@@ -45,8 +46,8 @@ def generate_compact(
     *,
     shard: int | None = None,
     batch_size: int = 512,
-    rank: int = 0,
-    ranks: int = 1,
+    rank: int | None = None,
+    ranks: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> CompactSoftLabels | None:
@@ -61,16 +62,19 @@ def generate_compact(
         k: how many logits of each image are kept; the number of classes: all of them, as dense soft labels do.
         shard: images per shard; None: so many that there are 16 shards or more, of 134 MB or less.
         batch_size: images at once; changes the speed only.
-        rank, ranks: which of how many processes this is. Each makes every `ranks`-th shard, and the last one to finish
-            writes the manifest: nobody waits for a process that died. How many there are may change between runs.
+        rank, ranks: which of how many processes this is; None: as ``torchrun`` started them. Each makes every
+            `ranks`-th shard, and the last one to finish writes the manifest. Their number may change between runs.
 
     Returns:
-        The soft labels; None if shards of other ranks are not there yet: :func:`load_compact` loads them later.
+        The soft labels. None if `rank` was given and shards of others are not there yet: nobody waits for a process
+        that may have died, and :func:`load_compact` loads them later.
 
     Raises:
         ValueError: `views`, `k`, `shard` or `rank` out of range, or a teacher that gives no finite (B, classes) logits.
     """
     folder, views, rows = Path(folder), data.resolve_views(views), layout(data.classes, k)
+    together = rank is None and ranks is None
+    rank, ranks = (processes.rank(), processes.world()) if together else (rank or 0, ranks or 1)
     if not 0 <= rank < ranks:
         raise ValueError(f"rank is {rank} of {ranks}: expected a rank from 0 to {ranks - 1}")
     if views * rows.bytes > AT_MOST:  # such as all views of images whose views have no end
@@ -90,14 +94,19 @@ def generate_compact(
     own = list(wanted.items())[rank::ranks]
     with progress_bar(len(own), progress, unit="shard") as bar:
         for file, fingerprint in own:
-            with artefacts.reserve(folder, file, fingerprint) as path:
+            with artefacts.lock(folder / file):
+                path = artefacts.find(folder, file, fingerprint)
                 if path != folder / file or not _is_undamaged(path):
                     start, ask = time.perf_counter(), ask or _prepare(teacher, data, device, batch_size)
                     table = _shard(ask, rows, views, *fingerprint["images"])
                     made = artefacts.provenance(device, time.perf_counter() - start)
                     artefacts.save_array(folder / file, table, fingerprint=fingerprint, provenance=made)
             bar.update()
-    return load_compact(folder, data) if _finish(folder / MANIFEST, of_all, wanted) else None
+    complete = _finish(folder / MANIFEST, of_all, wanted)
+    if together:
+        processes.barrier()  # the last one has written the manifest
+        complete = True
+    return load_compact(folder, data) if complete else None
 
 
 def load_compact(folder: str | PathLike, data: ImageSet) -> CompactSoftLabels:

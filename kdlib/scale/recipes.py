@@ -34,9 +34,10 @@ from kdlib.evaluate import Scores, evaluate
 from kdlib.losses import distillation_loss
 from kdlib.models import build
 from kdlib.records.artefacts import did_you_mean
+from kdlib.scale.compact_files import generate_compact
 from kdlib.scale.stream import load_images
 from kdlib.scale.views import SeededViews
-from kdlib.soft_labels import LiveTeacher, load_or_generate
+from kdlib.soft_labels import LiveTeacher
 from kdlib.sources.teachers import adapt_teacher
 from kdlib.train import Recipe, Targets, load_or_train
 
@@ -76,6 +77,7 @@ class ScaleRecipe:
     teacher_recipe: Recipe | None  # None: torchvision's weights are used as they are
     students: Mapping[str, tuple[str, Recipe]]  # by name: a network, and how it is trained; the first is the usual one
     soft_views: int  # views whose logits are stored; 0: the teacher is asked live
+    k: int  # logits kept of each image in each of these views
     temperature: float
     alpha: float
     padding: int = field(default=0)  # pixels, in memory
@@ -109,7 +111,8 @@ RECIPES = {
         teacher="resnet50",
         teacher_recipe=_SMALL,
         students={"resnet18": ("resnet18", _SMALL), "mobilenet_v2": ("mobilenet_v2", _SMALL)},
-        soft_views=32,  # 38 MB each
+        soft_views=32,
+        k=200,  # all of them, 38 MB a view: at T = 4 what is left out would count
         temperature=4.0,
         alpha=0.1,
     ),
@@ -123,7 +126,8 @@ RECIPES = {
             "resnet18": ("kdlib.scale.recipes:resnet18", _RESNET),
             "mobilenet_v2": ("kdlib.scale.recipes:mobilenet_v2", _MOBILENET),
         },
-        soft_views=0,  # 2.5 GB each
+        soft_views=0,
+        k=10,  # 53 MB a view in place of 2.5 GB
         # the teacher alone, in the very view that the student sees (Beyer et al., arXiv 2106.05237)
         temperature=1.0,
         alpha=0.0,
@@ -144,6 +148,7 @@ def in_little(recipe: ScaleRecipe) -> ScaleRecipe:
         teacher_recipe=Recipe(**little),
         students={name: (network, Recipe(**little)) for name, (network, _) in recipe.students.items()},
         soft_views=2,
+        k=2,
     )
 
 
@@ -209,7 +214,7 @@ def distil(
             "soft_views is 0: expected how many views to store; with 0 the student's teacher is asked live"
         )
     if role == "soft_labels" or (role == "distilled" and views):
-        targets = load_or_generate(folder, teacher, data.train, views, **options)
+        targets = generate_compact(folder / "soft_labels", teacher, data.train, views, recipe.k, **options)
     if role == "teacher":
         return Outcome(role, path, evaluate(teacher, data.test, device=device))
     if role == "soft_labels":
