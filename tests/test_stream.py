@@ -280,14 +280,14 @@ def test_what_was_damaged_meanwhile_is_read_again(tmp_path, by_tens, damage):
 def test_a_changed_source_takes_nothing_from_what_was_kept(tmp_path, capsys):
     path = tmp_path / "kept.npy"
     first = cache_images(Counted(), path, 4, **quiet)
-    before = first[:]
+    before, figures = first[:], first.mean_and_std()
     other = cache_images(Counted(identity="other"), path, 4, **quiet)
     assert "is not what this run needs" in capsys.readouterr().out
     assert not other[:].equal(before)
     back = Counted()
     assert cache_images(back, path, 4, **quiet)[:].equal(before)  # its backup got the name again
     assert back.read_images == []
-    assert CachedImages(path).mean_and_std() == first.mean_and_std()  # with the index that belongs to it
+    assert CachedImages(path).mean_and_std() == figures  # with the index that belongs to it
 
 
 def test_what_is_kept_serves_without_the_tree(tree, load, tmp_path):
@@ -422,6 +422,7 @@ def test_a_pass_within_a_pass_and_one_that_is_given_up(load):
         inner += [other.images for other in data.load(*numbers)] if k == 2 else []
     assert all(map(torch.equal, inner, expected))
     next(data.load(*numbers))  # given up after the first batch
+    assert not data._loader._busy  # its workers are free
     assert all(map(torch.equal, (batch.images for batch in data.load(*numbers)), expected))
 
 
