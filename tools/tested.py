@@ -29,6 +29,11 @@ CAMPAIGNS = {
         "{pairs:,.0f} pairs of processes that work on the same files at the same moment",
         "{wrong:,.0f} wrong; no row and no weights lost",
     ),
+    "larger": (
+        "training on {images_mb:,.0f} MB of images in a process that may grow by {limit_mb:,.0f} MB: decoding, an epoch, "
+        "and a prediction for each",
+        "it grew by {grown_mb:,.0f} MB; with the same images in memory it ends with an error",
+    ),
 }
 WAYS = {
     "once more": "the same once more",
