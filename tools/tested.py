@@ -30,8 +30,8 @@ CAMPAIGNS = {
         "{wrong:,.0f} wrong; no row and no weights lost",
     ),
     "larger": (
-        "training on {images_mb:,.0f} MB of images in a process that may grow by {limit_mb:,.0f} MB: decoding, an epoch, "
-        "and a prediction for each",
+        "{images_mb:,.0f} MB of images decoded, trained on and predicted in a process that may grow by "
+        "{limit_mb:,.0f} MB",
         "it grew by {grown_mb:,.0f} MB; with the same images in memory it ends with an error",
     ),
 }
