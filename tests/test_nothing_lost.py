@@ -56,7 +56,7 @@ def rows(folder, _, rate=0.1):
 
 def results(folder, _, accuracy=0.5):
     path = folder / "results.json"
-    evaluate.save_results(path, "quick", "digits", [{"role": "student", "accuracy": [accuracy]}])
+    evaluate.save_results(path, "quick", "digits", [rot.RUN | {"accuracy": [accuracy]}])
     return evaluate.load_results(path)["runs"]
 
 

@@ -18,9 +18,12 @@ from kdlib.evaluate import load_results
 from kdlib.models import NETWORKS, build
 from kdlib.profiles import Profile
 from kdlib.records import artefacts
+from kdlib.records.documents import NUMBER, mismatch
 from kdlib.records.fetch import clone_folder, published_file
 from kdlib.sources.known import DATA_SETS
 from kdlib.sources.pictures import read_picture, resized
+
+_FORMAT = {"shape": [int], "mean": [NUMBER], "std": [NUMBER], "class_names": [str]}
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ def load_saved(
         wanted = f"its record names {named!r}, which is not one of kdlib's own" if named else "it has no record"
         raise ValueError(f"{path}: {wanted}; say which network it is (--network package.module:function)")
     about = record.get("format") or _format_of(path, dataset or str(fingerprint.get("data", "")).partition("/")[0])
+    if wrong := mismatch(about, _FORMAT):
+        raise ValueError(f"{path}: what its record tells of the images is damaged ({wrong}): give another record")
     model = build(network or named, len(about["class_names"]), about["shape"][2])
     return SavedNetwork(artefacts.load_weights(path, model).eval(), about, fingerprint)
 

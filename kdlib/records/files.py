@@ -112,7 +112,9 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal digits."""
+    """The SHA-256 of a file's bytes, in hexadecimal digits; ValueError for a folder, a pipe or a device."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a plain file: move it away")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
