@@ -56,6 +56,7 @@ def load_saved(
         raise FileNotFoundError(
             f"{path} is not there: expected a file of weights, such as outputs/full/student_cnn.pth"
         )
+    artefacts.check_content(path)
     record = artefacts.record(path)
     fingerprint = record.get("fingerprint", {})
     named = fingerprint.get("network")
@@ -65,13 +66,13 @@ def load_saved(
         raise ValueError(f"{path}: {wanted}; say which network it is (--network package.module:function)")
     about = record.get("format") or _format_of(path, dataset or str(fingerprint.get("data", "")).partition("/")[0])
     if wrong := mismatch(about, _FORMAT):
-        raise ValueError(f"{path}: what its record tells of the images is damaged ({wrong}): give another record")
+        raise ValueError(f"{path}: its record does not describe its images ({wrong}): train the network again")
     model = build(network or named, len(about["class_names"]), about["shape"][2])
     return SavedNetwork(artefacts.load_weights(path, model).eval(), about, fingerprint)
 
 
 def _format_of(path: Path, dataset: str | os.PathLike) -> dict:
-    if isinstance(dataset, str) and dataset not in DATA_SETS and not Path(dataset).exists():
+    if not dataset or (isinstance(dataset, str) and dataset not in DATA_SETS and not Path(dataset).exists()):
         raise ValueError(
             f"{path}: its record does not tell the size, scale and classes of its images; say what it was trained on "
             f"(--dataset, one of {', '.join(DATA_SETS)} or a path)"

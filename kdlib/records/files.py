@@ -75,6 +75,14 @@ def remove(path: Path) -> None:
         sync(path.parent)
 
 
+def remove_whatever(path: Path) -> None:
+    """Delete what has that name, if anything has: a file, a link, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of files, is on the disk."""
     if os.name != "posix" and path.is_dir():
