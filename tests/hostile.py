@@ -302,6 +302,7 @@ def campaign(share: int = 1, only: str = "") -> tuple[Counter, int, list[str]]:
             if outcome in BAD or memory > MEMORY:
                 seconds = time.perf_counter() - start
                 bad.append(f"{reader}: {attack}: {outcome} ({memory / 1e9:.2f} GB, {seconds:.1f} s): {words[:300]}")
+                print(bad[-1], flush=True)
     return counts, peak, bad
 
 
@@ -313,10 +314,9 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     counts, peak, bad = campaign(options.share, options.only)
-    print("\n".join(bad), end="\n" * bool(bad))
     print(
-        f"{counts.total():,} files: {counts['refused']:,} refused, {counts['harmless']} harmless, {counts['read']} read "
-        f"that should not be, {counts['executed']} executed, {counts['hanging']} hanging, "
+        f"{counts.total():,} files: {counts['refused']:,} refused, {counts['harmless']} harmless, "
+        f"{counts['read']} wrongly read, {counts['executed']} executed, {counts['hanging']} hanging, "
         f"{counts['without a message']} without a message; at most {peak / 1e9:.2f} GB"
     )
     return int(bool(bad))

@@ -43,7 +43,7 @@ from kdlib.records.files import (  # noqa: F401  what others ask this module for
     temporary,
 )
 from kdlib.records.identity import digest
-from kdlib.records.limits import check_npy, load_tensors
+from kdlib.records.limits import check_named, check_npy, load_tensors
 
 
 def short_reason(error: Exception) -> str:
@@ -166,8 +166,7 @@ def load_weights(path: Path, model: nn.Module) -> nn.Module:
         with open_plain(path) as file:
             state = load_tensors(file)
             changed = _changed(path, file)
-        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-            raise ValueError("it holds something other than named tensors")
+        check_named(state)
         for name in state.keys() & dict(model.named_parameters()):
             if state[name].is_complex() or not state[name].isfinite().all():
                 raise ValueError(f"{name} holds values that are not finite real numbers")

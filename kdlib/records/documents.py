@@ -105,7 +105,7 @@ def mismatch(value: object, form: object, where: str = "it") -> str:
 
 
 def read_form(path: Path, form: object, mend: str) -> object:
-    """What a JSON file without checksum holds; ValueError, with how to mend it, if it has not the form of `mismatch`."""
+    """What a JSON file without checksum holds; ValueError, with how to mend it, if it has another form."""
     try:
         value = read_json(path)
         wrong = mismatch(value, form)

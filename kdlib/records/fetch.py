@@ -42,7 +42,7 @@ def published_file(profile: str, name: str, folder: Path) -> Path:
     else:
         path, renew = folder / "published" / name, f"delete {folder / 'published'}, so that it is fetched again"
         known = artefacts.record_path(path)  # first: nothing is used without it
-        if (pinned := pins().get(f"{profile}/{known.name}")) is None:
+        if (pinned := pins().get(f"{profile}/{name}.json")) is None:
             raise FileNotFoundError(
                 f"{published}/{name} is not published as far as this kdlib knows: {_WITHOUT_FETCHING}"
             )

@@ -76,7 +76,7 @@ def check_npy(file: BinaryIO, size: int | None = None) -> None:
 
 
 def check_archive(file: BinaryIO) -> int:
-    """The bytes that a zip archive expands to; ValueError if these are more than it may. It ends at the file's start."""
+    """The bytes that a zip archive expands to; ValueError for more than it may. The file is at its start afterwards."""
     size = file.seek(0, io.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -122,6 +122,14 @@ def load_tensors(file: BinaryIO) -> object:
     return loaded
 
 
+def check_named(loaded: object) -> None:
+    """Raise ValueError if that is not a dict from names to tensors."""
+    if not isinstance(loaded, dict) or not all(isinstance(item, torch.Tensor) for item in loaded.values()):
+        raise ValueError("it holds something other than named tensors")
+    if odd := [name for name in loaded if not isinstance(name, str)]:
+        raise ValueError(f"it holds tensors whose names are no texts, such as {str(odd[0])[:80]}")
+
+
 def _check_pickle(file: BinaryIO) -> None:
     """Raise ValueError if a pickle calls what would make data of any size from nothing."""
     for code, argument, _ in pickletools.genops(file):
@@ -140,7 +148,11 @@ def _check_tensors(loaded: object, held: int) -> None:
         seen.add(id(mapping))
         waiting += mapping.values()
         for name, value in mapping.items():
-            if isinstance(value, torch.Tensor) and value.numel() * value.itemsize > held:
+            if not isinstance(value, torch.Tensor):
+                continue
+            if value.layout != torch.strided or value.device.type != "cpu":
+                raise ValueError(f"{str(name)[:80]} is {value.layout} on {value.device}: expected plain numbers")
+            if value.numel() * value.itemsize > held:
                 raise ValueError(
                     f"{str(name)[:80]} promises {value.numel() * value.itemsize:,} bytes, and the file holds {held:,}: "
                     "save it with .contiguous()"

@@ -137,7 +137,8 @@ def _labels(array: np.ndarray) -> np.ndarray:
         array = array[:, 0]
     if array.ndim != 1 or not array.size:
         raise ValueError("expected (N,) or (N, 1), one class number per image" + _one_hot(array))
-    if array.dtype.kind not in "uif" or not (np.abs(array) < 2**31).all() or (array != np.round(array)).any():
+    numbers = array.astype(np.float64) if array.dtype.kind in "uif" else np.array(np.nan)
+    if not (np.abs(numbers) < 2**31).all() or (numbers != np.round(numbers)).any():
         raise ValueError("expected whole numbers, one class number per image")
     return array.astype(np.int64)
 

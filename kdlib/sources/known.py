@@ -67,9 +67,9 @@ def _torchvision(dataset: str) -> Callable[[Path], dict[str, np.ndarray]]:
 def prepare(kind: type, folder: Path) -> None:
     """Leave in `folder` the archives of a data set of torchvision's, and nothing that was unpacked from them before.
 
-    torchvision then unpacks them, and downloads nothing. An archive whose MD5, which torchvision names, is another is
-    fetched again: a truncated one goes on where it stopped. What was unpacked may have been interrupted, and torchvision
-    does not look at it.
+    torchvision then unpacks them, and downloads nothing. An archive with another MD5 than torchvision names is fetched
+    again: a truncated one goes on where it stopped. Unpacking may have been interrupted, which torchvision would not
+    notice.
 
     Raises:
         OSError: an archive cannot be fetched from any of its addresses; the message names each and why.
