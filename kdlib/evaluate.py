@@ -202,7 +202,8 @@ def load_results(path: Path) -> dict:
     if not path.exists():
         raise FileNotFoundError(f"results {path} are not there: run chapter 06 first")
     results = load_document(path, "results file", "run chapter 06 again")
-    if wrong := mismatch(results, _RESULTS):
+    wrong = mismatch(results, _RESULTS)
+    if wrong := wrong or next((f"a role is {r['role']!r}" for r in results["runs"] if r["role"] not in ROLES), ""):
         raise ValueError(f"{path} is not a results file ({wrong}): run chapter 06 again")
     return results
 

@@ -102,7 +102,7 @@ def readers(folder: Path) -> dict[str, Reader]:
     artefacts.save_weights(folder / "w.pth", model, fingerprint=made_from, history=history, format=data.format)
     artefacts.save_array(folder / "l.npy", logits, fingerprint={"data": data.identity})
     np.savez(folder / "d.npz", **arrays)
-    (folder / "p.png").write_bytes(attacks.png(8, 8))
+    attacks.Image.fromarray(random_.randint(0, 256, (32, 32, 3)).astype(np.uint8)).save(folder / "p.png")
     onnx.save(tiny_onnx(), folder / "n.onnx")
     store = rows.RowStore(folder / "05_x.json")
     store.measure("a", (0,), lambda seed: {"accuracy": 0.5}, made_from=made_from)
@@ -126,6 +126,8 @@ def readers(folder: Path) -> dict[str, Reader]:
 
     def read_run(path: Path) -> object:
         sweep.RUNS = path.parent.parent
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: a link to nothing is no record, and is not listed")
         found = passed_over(lambda: list(sweep.recorded().values()))
         sweep.side_by_side(found * 2)
         return [(sweep.in_words(one), sweep.parameters_of(one)) for one in found]
@@ -177,7 +179,9 @@ def readers(folder: Path) -> dict[str, Reader]:
         content = json.dumps(of).encode() if of else valid.get(Path(reader.name).name, valid["w.pth"])
         reader.attacks = reader.attacks | attacks.anywhere(content)
         for other, bytes_ in valid.items():  # files of other kinds
-            if Path(other).suffixes != Path(reader.name).suffixes and name != "weights without a suffix":
+            same = Path(other).suffixes == Path(reader.name).suffixes or name == "weights without a suffix"
+            same |= name == "measured figures" and other.endswith(".json")  # any object may be some
+            if not same:
                 reader.attacks[f"the file {other}"] = partial(Path.write_bytes, data=bytes_)
     return every
 

@@ -65,7 +65,8 @@ def load_saved(
         wanted = f"its record names {named!r}, which is not one of kdlib's own" if named else "it has no record"
         raise ValueError(f"{path}: {wanted}; say which network it is (--network package.module:function)")
     about = record.get("format") or _format_of(path, dataset or str(fingerprint.get("data", "")).partition("/")[0])
-    if wrong := mismatch(about, _FORMAT):
+    wrong = mismatch(about, _FORMAT)
+    if wrong := wrong or (f"shape {about['shape']}" if len(about["shape"]) != 3 else ""):
         raise ValueError(f"{path}: its record does not describe its images ({wrong}): train the network again")
     model = build(network or named, len(about["class_names"]), about["shape"][2])
     return SavedNetwork(artefacts.load_weights(path, model).eval(), about, fingerprint)
