@@ -230,7 +230,8 @@ def attempt(reader: Reader, write: attacks.Write, folder: Path) -> tuple[str, st
     process = os.fork()
     if not process:
         os.close(said)
-        os.write(told, json.dumps(in_the_process(reader, path, folder)).encode()[:60_000])
+        outcome, words = in_the_process(reader, path, folder)
+        os.write(told, json.dumps([outcome, words[:1000]]).encode())
         os._exit(0)
     os.close(told)
     with open(said, "rb") as pipe:
