@@ -209,9 +209,11 @@ def bad_onnx() -> dict[str, attacks.Write]:
         for content in ("", "[" * 100_000, "x", "\x00")
     }
     outside = tiny_onnx()
-    tensor = onnx.TensorProto(name="w", data_type=1, dims=[8], data_location=onnx.TensorProto.EXTERNAL)
+    tensor = onnx.TensorProto(name="w", data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
     tensor.external_data.add(key="location", value="../../../../../../etc/passwd")
     outside.graph.initializer.append(tensor)
+    outside.graph.node[0].output[0] = "numbers"
+    outside.graph.node.append(onnx.helper.make_node("Add", ["numbers", "w"], ["logits"]))
     return found | {"numbers of another file": partial(Path.write_bytes, data=outside.SerializeToString())}
 
 

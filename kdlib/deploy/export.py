@@ -145,7 +145,7 @@ class OnnxModel:
             self.fingerprint = json.loads(told["fingerprint"])
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path} has damaged metadata ({artefacts.short_reason(error)}): export it again"
+                f"{path} has damaged metadata ({artefacts.short_reason(error)[:200]}): export it again"
             ) from error
 
     @cached_property
