@@ -28,10 +28,13 @@ def distillation_loss(
     gradient of the soft term, which shrinks about as ``1/T**2`` (arXiv 1503.02531, section 2), so that a change of the
     temperature is not also a change of the two weights.
 
+    In float32 the logarithms of the probabilities are rounded in their seventh digit, and the soft term multiplies what
+    is lost by ``T**2``: it is good to about ``T**2 / 10**6``, at T = 10**4 to some tens. Beyond T = 100, give float64.
+
     Args:
         student_logits: (B, C) floats, before the softmax. Half precision is computed in float32.
         teacher_logits: (B, C) floats, of the same images in the same order. No gradient flows into them. A class may
-            be masked with -inf: then the teacher gives it no probability.
+            be masked with -inf: then the teacher gives it no probability. If a whole row is, the loss is not a number.
         labels: (B,) class indices, or (B, C) probabilities; may be None if `alpha` is 0.
         temperature: T > 0; 1 leaves the teacher's probabilities as they are, a higher one makes them softer.
         alpha: weight of the cross-entropy with the labels, at least 0; at most 1 without `beta`.

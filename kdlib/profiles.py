@@ -18,6 +18,7 @@ from kdlib.records import artefacts
 from kdlib.records.artefacts import did_you_mean
 from kdlib.records.fetch import clone_folder
 from kdlib.sources.known import DATA_SETS
+from kdlib.sources.pictures import LARGEST
 from kdlib.sources.splits import Part
 from kdlib.train import Recipe
 
@@ -147,6 +148,9 @@ PARAMETERS = (
     "dataset", "teacher", "student", "limit", "size", "padding", "flip", "epochs", "views", "temperature", "alpha",
     "beta", "n_seeds", "seed", "start_from",
 )  # fmt: skip
+LEAST = {"limit": 1, "n_seeds": 1, "seed": 0, "size": 2, "padding": 0}
+# of the seeds there are 2**32, and those of a search come 1,000 after the first
+MOST = {"limit": 10**9, "n_seeds": 1_000, "seed": 2**32 - 2_001, "size": LARGEST, "padding": LARGEST // 4}
 START_FROM = ("scratch", "published")
 
 
@@ -242,10 +246,9 @@ def _check_known(name: str, known: tuple[str, ...] | list[str]) -> None:
 
 def _override(profile: Profile, key: str, value) -> Profile:
     """The profile with one parameter changed."""
-    if key in ("limit", "n_seeds", "seed"):
-        least = 0 if key == "seed" else 1
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{key} is {value!r}: expected a whole number of at least {least}")
+    if key in LEAST:
+        if not isinstance(value, int) or isinstance(value, bool) or not LEAST[key] <= value <= MOST[key]:
+            raise ValueError(f"{key} is {value!r}: expected a whole number from {LEAST[key]:,} to {MOST[key]:,}")
         return replace(profile, **{key: value})
     if key == "epochs":
         teacher, student = (replace(own, epochs=value) for own in (profile.teacher_recipe, profile.student_recipe))
@@ -258,6 +261,8 @@ def _override(profile: Profile, key: str, value) -> Profile:
     if key == "dataset":
         known = isinstance(value, os.PathLike) and str(value) in DATA_SETS  # a path is a path, whatever its name
         return replace(profile, dataset=f".{os.sep}{value}" if known else str(value))
+    if key == "flip" and value not in (0, 1):
+        raise ValueError(f"flip is {value!r}: expected True or False")
     if key == "start_from" and value not in START_FROM:
         raise ValueError(
             f"start_from is {value!r}: expected one of {', '.join(START_FROM)}{did_you_mean(value, START_FROM)}"

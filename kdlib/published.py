@@ -25,7 +25,7 @@ from kdlib.losses import distillation_loss
 from kdlib.models import build
 from kdlib.profiles import Profile
 from kdlib.records import artefacts
-from kdlib.records.documents import load_document, save_document
+from kdlib.records.documents import HISTORY, load_document, read_form, save_document
 from kdlib.records.fetch import published_file
 from kdlib.soft_labels import SoftLabels, load_or_generate, load_soft_labels
 from kdlib.train import History, load_or_train
@@ -253,7 +253,8 @@ def _recorded(settings: Profile, data: Data, file: str, network: str, logits: di
     if about.get("weights"):  # in half precision
         model = build(network, data.train.classes, data.train.channels)
         model = artefacts.load_weights(_file(settings, file), model).eval()
-    history = History(**json.loads(histories.read_text(encoding="utf-8"))[file])
+    histories = read_form(histories, {file: HISTORY}, "restore it, or use start_from=scratch")
+    history = History(**{name: histories[file][name] for name in HISTORY})
     made, size = about.get("provenance", known["provenance"]), about.get("megabytes", math.nan)
     return Network(model, history, Logits(model, data, logits), made, size)
 

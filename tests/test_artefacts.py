@@ -140,13 +140,13 @@ def test_checking_a_folder_makes_it_and_leaves_nothing_in_it(tmp_path):
 def test_weights_come_back_as_they_were_their_buffers_included(tmp_path):
     model = student()
     model(torch.randn(8, 1, 8, 8))  # moves the running statistics
-    save_weights(tmp_path / "w.pth", model, fingerprint=WANTED, history=[1, 2])
+    save_weights(tmp_path / "w.pth", model, fingerprint=WANTED, history={"loss": [1, 2]})
     loaded = student(1)
     assert not same(loaded, model)
     assert load_weights(tmp_path / "w.pth", loaded) is loaded
     assert same(loaded, model)
     sha256 = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
-    assert record(tmp_path / "w.pth") == {"fingerprint": WANTED, "sha256": sha256, "history": [1, 2]}
+    assert record(tmp_path / "w.pth") == {"fingerprint": WANTED, "sha256": sha256, "history": {"loss": [1, 2]}}
 
 
 def test_weights_that_are_not_there_are_named_and_the_network_is_not_left_random_in_silence(tmp_path):
@@ -469,11 +469,11 @@ def test_a_record_can_be_written_for_a_file_that_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("fingerprint", [[1], "text", 3, None])
-def test_a_record_whose_fingerprint_is_none_is_no_record_of_what_it_was_made_from(tmp_path, capsys, fingerprint):
+def test_a_record_whose_fingerprint_is_no_object_is_damaged(tmp_path, capsys, fingerprint):
     save_array(tmp_path / "a.npy", np.zeros(1), fingerprint=WANTED)
     save_json(record_path(tmp_path / "a.npy"), {"fingerprint": fingerprint})
     assert find(tmp_path, "a.npy", WANTED) is None
-    assert "it has no record of what it was made from" in capsys.readouterr().out
+    assert "its record is damaged" in capsys.readouterr().out
     assert len(list(tmp_path.glob("a.*.npy"))) == 1
 
 

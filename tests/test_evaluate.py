@@ -313,7 +313,7 @@ def test_results_come_back_as_they_were_written_in_the_schema_of_the_design(tmp_
         ("", r"is not a results file \(.+\): run chapter 06 again"),
         ('{"profile": "quick", "runs"', r"is not a results file \(.+\): run chapter 06 again"),
         ("[]", r"is not a results file \(.+\): run chapter 06 again"),
-        ('{"profile": "quick"}', r"is not a results file \(no dataset, runs\): run chapter 06 again"),
+        ('{"profile": "quick"}', r"is not a results file \(it has no dataset, runs\): run chapter 06 again"),
     ],
 )
 def test_a_file_that_holds_no_results_is_refused_and_kept(tmp_path, content, message):

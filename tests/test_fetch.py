@@ -5,8 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
-import urllib.error
-import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -23,39 +22,33 @@ def remote(content: bytes = CONTENT, of: bytes = CONTENT) -> dict[str, bytes]:
     return {url: content, f"{url}.json": json.dumps({"sha256": hashlib.sha256(of).hexdigest()}).encode()}
 
 
-class Response:
-    """What urllib gives for an address."""
-
-    def __init__(self, url: str, content: bytes):
-        self.url, self.content = url, content
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def read(self) -> bytes:
-        return self.content
-
-
 @pytest.fixture
 def installed(monkeypatch, tmp_path):
-    """kdlib as installed without a clone; a function that sets what its repository serves, and lists the requests."""
+    """kdlib as installed without a clone; a function that sets what its repository serves, and lists the requests.
+
+    How it is downloaded is in test_download.py.
+    """
     monkeypatch.setattr(fetch, "__file__", str(tmp_path / "site-packages" / "kdlib" / "records" / "fetch.py"))
     monkeypatch.setattr(fetch, "repository_address", lambda: ADDRESS)
+    record = hashlib.sha256(remote()[next(url for url in remote() if url.endswith("json"))]).hexdigest()
+    monkeypatch.setattr(fetch, "pins", lambda: {"quick/logits.npy.json": record})
 
-    def serve(files: dict[str, bytes], redirected: str | None = None) -> list[str]:
+    def serve(files: dict[str, bytes]) -> list[str]:
         requests = []
 
-        def urlopen(url: str, timeout: float) -> Response:
-            assert 0 < timeout <= 60
+        def download(url: str, path: Path, sha256: str, *, most: int, seconds: float) -> None:
+            assert 0 < seconds <= 600
+            assert most <= 10**8
             requests.append(url)
             if url not in files:
-                raise urllib.error.HTTPError(url, 404, "Not Found", {}, None)
-            return Response(redirected or url, files[url])
+                raise OSError("HTTP Error 404: Not Found")
+            found = hashlib.sha256(files[url]).hexdigest()
+            if found != sha256:
+                raise ValueError(f"{url} is not what was expected: its SHA-256 is {found}, expected {sha256}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(files[url])
 
-        monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+        monkeypatch.setattr(fetch, "download", download)
         return requests
 
     return serve
@@ -94,11 +87,39 @@ def test_without_a_clone_it_is_fetched_once_its_record_first(installed, tmp_path
     assert len(requests) == 2
 
 
-def test_a_fetched_file_that_differs_is_refused_with_what_to_do(installed, tmp_path):
-    installed(remote(content=b"something else"))
-    for _ in range(2):  # also if it is there already
-        with pytest.raises(ValueError, match=r"SHA-256 is \w+, expected \w+; delete .*published, .*start_from=scratch"):
-            published_file("quick", "logits.npy", tmp_path)
+def test_a_fetched_file_or_record_that_differs_is_refused_with_what_to_do(installed, tmp_path):
+    for served in (remote(content=b"something else"), remote(b"something else", of=b"something else")):
+        installed(served)
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match=r"SHA-256 is \w+, expected \w+; .*upgrade kdlib, .*start_from=scratch"
+            ):
+                published_file("quick", "logits.npy", tmp_path)
+        assert not (tmp_path / "published" / "logits.npy").exists()
+
+
+@pytest.mark.parametrize("name", ["logits.npy", "logits.npy.json"])
+def test_a_fetched_file_or_record_that_was_changed_since_is_refused(installed, tmp_path, name):
+    installed(remote())
+    path = published_file("quick", "logits.npy", tmp_path)
+    path.with_name(name).write_bytes(b"{}")
+    with pytest.raises(ValueError, match=rf"{name} is not what .*: .*delete .*published, so that it is fetched again"):
+        published_file("quick", "logits.npy", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["soft_labels.npy", "../../logits.npy", ""])
+def test_what_kdlib_does_not_know_to_be_published_is_not_asked_for(installed, tmp_path, name):
+    requests = installed(remote())
+    with pytest.raises(FileNotFoundError, match="is not published as far as this kdlib knows: clone the repository"):
+        published_file("quick", name, tmp_path)
+    assert requests == []
+
+
+def test_what_kdlib_knows_of_the_published_files_is_so():
+    published = Path(__file__).parents[1] / "book" / "published"
+    records = (path for path in published.glob("*/*.json") if path.with_suffix("").is_file())
+    found = {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in records}
+    assert fetch.pins() == found, "run `python tools/records.py`, which publishing does"
 
 
 @pytest.mark.parametrize("kept", [0, 1])
@@ -119,11 +140,6 @@ def test_files_are_fetched_by_https_only(installed, tmp_path, monkeypatch, addre
     with pytest.raises(FileNotFoundError, match=r"expected an address that begins with https://"):
         published_file("quick", "logits.npy", tmp_path)
     assert requests == []
-    monkeypatch.setattr(fetch, "repository_address", lambda: ADDRESS)
-    installed(remote(), redirected="http://example.org/elsewhere")
-    with pytest.raises(FileNotFoundError, match=r"it leads to http://example\.org/elsewhere, expected one"):
-        published_file("quick", "logits.npy", tmp_path)
-    assert not (tmp_path / "published").exists()
 
 
 def test_the_repositorys_address_is_that_of_the_installed_package(monkeypatch):

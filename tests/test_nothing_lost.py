@@ -4,6 +4,7 @@ import builtins
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -56,7 +57,7 @@ def rows(folder, _, rate=0.1):
 
 def results(folder, _, accuracy=0.5):
     path = folder / "results.json"
-    evaluate.save_results(path, "quick", "digits", [{"role": "student", "accuracy": [accuracy]}])
+    evaluate.save_results(path, "quick", "digits", [rot.RUN | {"accuracy": [accuracy]}])
     return evaluate.load_results(path)["runs"]
 
 
@@ -370,6 +371,18 @@ def test_two_processes_at_once_mix_up_nothing_and_lose_no_row():
     for kind, found in together.campaign(8).items():
         assert found.pop("pairs") == 2
         assert set(found) <= {"waited"}, kind
+
+
+def test_hostile_files_are_refused_in_time_by_name_and_execute_nothing():
+    command = [sys.executable, "-m", "tests.hostile", "--share", "60"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    found = re.search(r"(\d+) files: .* 0 wrongly read, 0 executed, 0 hanging, 0 without a message; ", done.stdout)
+    assert found, done.stdout + done.stderr
+    assert int(found[1]) > 30
+    assert done.returncode == 0
 
 
 # --- absurd input ----------------------------------------------------------------------------------------------------

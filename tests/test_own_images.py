@@ -358,7 +358,7 @@ def test_views_fit_the_images_and_can_be_chosen(tmp_path):
         ({"padding": 3}, r"padding is 3: expected a whole number of pixels from 0 to 2, a quarter of the shorter side"),
         ({"padding": 1.5}, r"padding is 1\.5: expected a whole number"),
         ({"flip": "yes"}, r"flip is 'yes': expected True or False"),
-        ({"size": 1}, r"size is 1: expected a whole number of pixels of at least 2"),
+        ({"size": 1}, r"size is 1: expected a whole number of pixels from 2 to 8,192"),
         ({"size": True}, r"size is True: expected a whole number"),
     ):
         with pytest.raises(ValueError, match=message):

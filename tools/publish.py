@@ -38,7 +38,7 @@ from notebooks import (
     exit_status,
     one_by_one,
 )
-from records import keep, keep_run
+from records import keep, keep_run, pin
 
 import book
 from kdlib import evaluate, lab, plots, profiles
@@ -120,6 +120,7 @@ def publish_run(profile: profiles.Profile) -> None:
         raise Failed(str(error)) from error
     keep_run(profile, BOOK / "published" / profile.name)
     fill_results(results)
+    pin()
 
 
 def left_alone(chapter: Chapter, profile: str, options: argparse.Namespace) -> str:

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import stale
 import torch
-from notebooks import Failed
+from notebooks import BOOK, ROOT, Failed
 
 import kdlib
 from kdlib import evaluate, profiles, published
 from kdlib.records import artefacts
 
 PUBLISHED_VIEWS = 8_000_000  # bytes of soft labels to publish: as many views as fit
+PINS = ROOT / "kdlib" / "records" / "published.json"
 SPLITS = ("validation", "test")  # whose clean logits are published
 
 
@@ -107,8 +108,19 @@ def keep(path: Path, content: bytes, fingerprint: dict, provenance: dict, **more
     artefacts.save_bytes(path, content, fingerprint=fingerprint, provenance=provenance, **more)
 
 
+def pin() -> None:
+    """Keep the SHA-256 of every published file's record in kdlib: what is fetched without a clone is checked by it."""
+    records = sorted(path for path in (BOOK / "published").glob("*/*.json") if path.with_suffix("").is_file())
+    pinned = {f"{path.parent.name}/{path.name}": artefacts.file_digest(path) for path in records}
+    artefacts.save_json(PINS, pinned)
+
+
 def array_bytes(array: np.ndarray) -> bytes:
     """An array as an ``.npy`` file holds it."""
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
     return content.getvalue()
+
+
+if __name__ == "__main__":
+    pin()  # as publishing does

@@ -31,9 +31,12 @@ from stale import code_cells
 from kdlib import evaluate, profiles
 from kdlib.models import network_name
 from kdlib.records import artefacts
+from kdlib.records.documents import NUMBER, mismatch
+from kdlib.records.limits import read_json
 
 RECORD = "run.json"
-FIELDS = ("profile", "chapters", "parameters", "outcome", "date", "seconds", "made_from", "results")  # of a record
+FIELDS = {"profile": str, "chapters": [str], "parameters": dict, "outcome": str, "date": str, "seconds": NUMBER}
+FIELDS |= {"made_from": str, "results": {...: {...: NUMBER}}}  # of a record
 
 # --- records of runs -----------------------------------------------------------------------------------------------
 
@@ -107,11 +110,13 @@ def recorded() -> dict[str, dict]:
     found = {}
     for path in RUNS.glob(f"*/{RECORD}"):
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
+            known = read_json(path)
+            if wrong := mismatch(known, FIELDS):
+                raise ValueError(wrong)
             found[path.parent.name] = {name: known[name] for name in FIELDS}
-        except (OSError, ValueError, KeyError, TypeError):
-            print(f"{path} is not a record of a run, and is skipped", file=sys.stderr)
-    return dict(sorted(found.items(), key=lambda item: item[1].get("date", "")))
+        except (OSError, ValueError) as error:
+            print(f"{path} is not a record of a run ({error}), and is skipped", file=sys.stderr)
+    return dict(sorted(found.items(), key=lambda item: item[1]["date"]))
 
 
 # --- sweeping ------------------------------------------------------------------------------------------------------

@@ -139,9 +139,14 @@ class OnnxModel:
                 f"expected [{INPUT!r}] and [{OUTPUT!r}] with metadata, as kdlib.deploy.export_onnx writes them"
             )
         self.shape = tuple(inputs[0].shape[1:])  # (H, W, C)
-        self.class_names = tuple(json.loads(told["class_names"]))
-        self.temperature = float(told["temperature"])
-        self.fingerprint = json.loads(told["fingerprint"])
+        try:
+            self.class_names = tuple(json.loads(told["class_names"]))
+            self.temperature = float(told["temperature"])
+            self.fingerprint = json.loads(told["fingerprint"])
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} has damaged metadata ({artefacts.short_reason(error)[:200]}): export it again"
+            ) from error
 
     @cached_property
     def session(self):

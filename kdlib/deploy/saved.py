@@ -18,9 +18,12 @@ from kdlib.evaluate import load_results
 from kdlib.models import NETWORKS, build
 from kdlib.profiles import Profile
 from kdlib.records import artefacts
+from kdlib.records.documents import NUMBER, mismatch
 from kdlib.records.fetch import clone_folder, published_file
 from kdlib.sources.known import DATA_SETS
 from kdlib.sources.pictures import read_picture, resized
+
+_FORMAT = {"shape": [int], "mean": [NUMBER], "std": [NUMBER], "class_names": [str]}
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def load_saved(
         raise FileNotFoundError(
             f"{path} is not there: expected a file of weights, such as outputs/full/student_cnn.pth"
         )
+    artefacts.check_content(path)
     record = artefacts.record(path)
     fingerprint = record.get("fingerprint", {})
     named = fingerprint.get("network")
@@ -61,12 +65,15 @@ def load_saved(
         wanted = f"its record names {named!r}, which is not one of kdlib's own" if named else "it has no record"
         raise ValueError(f"{path}: {wanted}; say which network it is (--network package.module:function)")
     about = record.get("format") or _format_of(path, dataset or str(fingerprint.get("data", "")).partition("/")[0])
+    wrong = mismatch(about, _FORMAT)
+    if wrong := wrong or (f"shape {about['shape']}" if len(about["shape"]) != 3 else ""):
+        raise ValueError(f"{path}: its record does not describe its images ({wrong}): train the network again")
     model = build(network or named, len(about["class_names"]), about["shape"][2])
     return SavedNetwork(artefacts.load_weights(path, model).eval(), about, fingerprint)
 
 
 def _format_of(path: Path, dataset: str | os.PathLike) -> dict:
-    if isinstance(dataset, str) and dataset not in DATA_SETS and not Path(dataset).exists():
+    if not dataset or (isinstance(dataset, str) and dataset not in DATA_SETS and not Path(dataset).exists()):
         raise ValueError(
             f"{path}: its record does not tell the size, scale and classes of its images; say what it was trained on "
             f"(--dataset, one of {', '.join(DATA_SETS)} or a path)"

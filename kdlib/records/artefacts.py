@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from kdlib.gpu import device_name, ranks
-from kdlib.records.documents import as_read, as_text, differences, read_document, save_document, save_json, sealed  # noqa: F401
+from kdlib.records.documents import as_read, as_text, differences, read_record, save_document, save_json, sealed  # noqa: F401
 from kdlib.records.files import (  # noqa: F401  what others ask this module for
     atomic_write,
     check_room,
@@ -43,6 +43,7 @@ from kdlib.records.files import (  # noqa: F401  what others ask this module for
     temporary,
 )
 from kdlib.records.identity import digest
+from kdlib.records.limits import check_named, check_npy, load_tensors
 
 
 def short_reason(error: Exception) -> str:
@@ -109,7 +110,7 @@ def record(path: Path) -> dict:
     {} without one, or if it is damaged.
     """
     try:
-        return read_document(record_path(path))
+        return read_record(record_path(path))
     except (OSError, ValueError):
         return {}
 
@@ -160,10 +161,9 @@ def load_weights(path: Path, model: nn.Module) -> nn.Module:
         raise FileNotFoundError(f"weights {path} are not there: run the chapter that trains this network first")
     try:
         with open_plain(path) as file:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = load_tensors(file)
             changed = _changed(path, file)
-        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-            raise ValueError("it holds something other than named tensors")
+        check_named(state)
         for name in state.keys() & dict(model.named_parameters()):
             if state[name].is_complex() or not state[name].isfinite().all():
                 raise ValueError(f"{name} holds values that are not finite real numbers")
@@ -213,10 +213,9 @@ def load_array(path: Path) -> np.ndarray:
         raise FileNotFoundError(f"array {path} is not there: run the chapter that makes it first")
     try:
         with open_plain(path) as file:  # np.load leaves a damaged file open
+            check_npy(file)
             array = np.load(file, allow_pickle=False)
             changed = _changed(path, file)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("it is an archive")
     except Exception as error:  # numpy raises many kinds for a damaged header, tokenize.TokenError among them
         raise ValueError(
             f"{path} is not an array file ({error}): expected .npy without Python objects; if it was cut off, delete "

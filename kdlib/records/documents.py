@@ -8,14 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kdlib.records.files import atomic_write
+from kdlib.records.limits import JSON_BYTES, read_json
 
+NUMBER = (int, float)
+HISTORY = {"loss": [NUMBER], "accuracy": [NUMBER], "seconds": [NUMBER]}  # the fields of kdlib.History
+_FIELDS = {"fingerprint": dict, "sha256": str, "provenance": dict, "settings": dict, "format": dict}  # of a record
+_FIELDS |= {"networks": {...: dict}, "history": {...: [NUMBER]}}
 CHECKSUM = "checksum"  # a document's key for the SHA-256 of all the rest, as canonical JSON
 
 
 def save_json(path: Path, value: object) -> None:
-    """Write a value as JSON, as a whole."""
+    """Write a value as JSON, as a whole; ValueError for one that is too large to be read again."""
+    text = as_text(value)
+    if len(text) > JSON_BYTES:
+        raise ValueError(f"{path} would have {len(text) / 1e6:,.0f} MB, expected at most {JSON_BYTES / 1e6:,.0f} MB")
     with atomic_write(path) as partial:
-        partial.write_text(as_text(value), encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
 
 
 def save_document(path: Path, value: Mapping) -> None:
@@ -43,19 +51,68 @@ def read_document(path: Path) -> dict:
         OSError: no such file.
         ValueError: it is no JSON object, or was changed since it was written.
     """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, expected an object")
+    expected = value.pop(CHECKSUM, None)
+    if altered := [key for key in value if _differ(key, CHECKSUM) == 1]:  # or it would pass for a legacy file
+        raise ValueError(f"it was changed since it was written: it has {altered[0]!r} in place of {CHECKSUM!r}")
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a plain file")  # a pipe would be waited for
-        value = json.loads(path.read_bytes().decode("utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds a {type(value).__name__}, expected an object")
-        expected = value.pop(CHECKSUM, None)
-        if altered := [key for key in value if _differ(key, CHECKSUM) == 1]:  # or it would pass for a legacy file
-            raise ValueError(f"it was changed since it was written: it has {altered[0]!r} in place of {CHECKSUM!r}")
-        if expected is not None and expected != (found := _checksum(value)):
-            raise ValueError(f"it was changed since it was written: its checksum is {found}, expected {expected}")
-    except RecursionError as error:
+        found = expected if expected is None else _checksum(value)
+    except RecursionError as error:  # reading takes less of the stack than writing
         raise ValueError("it is nested too deeply") from error
+    if expected != found:
+        raise ValueError(f"it was changed since it was written: its checksum is {found}, expected {expected}")
+    return value
+
+
+def read_record(path: Path) -> dict:
+    """The record of a file, whose known fields have the form that they should have; other fields may be added.
+
+    Raises:
+        OSError: no such file.
+        ValueError: as for :func:`read_document`, or a field of another form.
+    """
+    value = read_document(path)
+    known = {name: form for name, form in _FIELDS.items() if value.get(name) is not None or name == "fingerprint"}
+    if wrong := mismatch(value, {name: form for name, form in known.items() if name in value}):
+        raise ValueError(wrong)
+    if unknown := (value.get("history") or {}).keys() - HISTORY.keys():
+        raise ValueError(f"its history has {min(unknown)!r}, expected {', '.join(HISTORY)}")
+    return value
+
+
+def mismatch(value: object, form: object, where: str = "it") -> str:
+    """In words, where a JSON value has another form than expected; empty if it has not.
+
+    Args:
+        form: a type, or a tuple of types; ``[form]``: a list of such; ``{name: form}``: an object that has at least
+            those fields; ``{...: form}``: an object with any names.
+    """
+    if isinstance(form, (dict, list)) and type(value) is not type(form):
+        return f"{where} is a {type(value).__name__}, expected a {type(form).__name__}"
+    if isinstance(form, dict):
+        every = form.get(...)
+        if missing := sorted(form.keys() - value.keys() - {...}):
+            return f"{where} has no {', '.join(missing)}"
+        wanted = [(name, every or form[name], f"{where}.{name}") for name in (value if every else form)]
+        return next((wrong for name, of, at in wanted if (wrong := mismatch(value[name], of, at))), "")
+    if isinstance(form, list):
+        return next((wrong for k, item in enumerate(value) if (wrong := mismatch(item, form[0], f"{where}[{k}]"))), "")
+    types = form if isinstance(form, tuple) else (form,)
+    expected = " or ".join(kind.__name__ for kind in types)
+    return "" if type(value) in types else f"{where} is a {type(value).__name__}, expected {expected}"
+
+
+def read_form(path: Path, form: object, mend: str) -> object:
+    """What a JSON file without checksum holds; ValueError, with how to mend it, if it has another form."""
+    try:
+        value = read_json(path)
+        wrong = mismatch(value, form)
+    except ValueError as error:
+        wrong = str(error)
+    if wrong:
+        raise ValueError(f"{path} is not the file that it should be ({wrong}): {mend}")
     return value
 
 

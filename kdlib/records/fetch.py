@@ -1,16 +1,20 @@
 """A published file: the one in the clone of the repository, or fetched from the repository by https.
 
-Beside each lies its record with the file's SHA-256; a file that differs is never used.
+Beside each lies its record with the file's SHA-256; a file that differs is never used. The SHA-256 of the records
+themselves come with kdlib, in ``published.json``, and not from where the files are fetched.
 """
 
 from __future__ import annotations
 
-import http.client
 import importlib.metadata
-import urllib.request
+import importlib.resources
+import json
 from pathlib import Path
 
 from kdlib.records import artefacts
+from kdlib.records.download import download
+
+MOST, SECONDS = 2**26, 600  # bytes of a published file, and seconds to fetch it
 
 _WITHOUT_FETCHING = (
     "clone the repository, install kdlib from the clone (`pip install -e .`), and what is published comes with it; or "
@@ -37,11 +41,17 @@ def published_file(profile: str, name: str, folder: Path) -> Path:
             )
     else:
         path, renew = folder / "published" / name, f"delete {folder / 'published'}, so that it is fetched again"
-        for wanted in (artefacts.record_path(path), path):  # the record first: nothing is used without it
-            if not wanted.exists():
-                content = _fetch(f"{repository_address()}/raw/HEAD/{published}/{wanted.name}")
-                with artefacts.atomic_write(wanted) as unfinished:
-                    unfinished.write_bytes(content)
+        known = artefacts.record_path(path)  # first: nothing is used without it
+        if (pinned := pins().get(f"{profile}/{name}.json")) is None:
+            raise FileNotFoundError(
+                f"{published}/{name} is not published as far as this kdlib knows: {_WITHOUT_FETCHING}"
+            )
+        if not known.exists():
+            _fetch(f"{repository_address()}/raw/HEAD/{published}/{known.name}", known, pinned)
+        if artefacts.file_digest(known) != pinned:
+            raise ValueError(f"{known} is not what this kdlib expects: {renew}, or upgrade kdlib")
+        if not path.exists():
+            _fetch(f"{repository_address()}/raw/HEAD/{published}/{name}", path, artefacts.record(path).get("sha256"))
     expected = artefacts.record(path).get("sha256", "one in its record, which has none")
     found = artefacts.file_digest(path)
     if found != expected:
@@ -68,17 +78,24 @@ def repository_address() -> str:
     return address.removesuffix("/")
 
 
-def _fetch(url: str) -> bytes:
+def pins() -> dict[str, str]:
+    """The SHA-256 of each published file's record, by profile and name: ``quick/logits.npy.json``."""
+    return json.loads(importlib.resources.files(__package__).joinpath("published.json").read_text(encoding="utf-8"))
+
+
+def _fetch(url: str, path: Path, sha256: str) -> None:
     try:
         if not url.startswith("https://"):
             raise OSError("expected an address that begins with https://")
-        with urllib.request.urlopen(url, timeout=30) as response:
-            if not response.url.startswith("https://"):  # after a redirection
-                raise OSError(f"it leads to {response.url}, expected one that begins with https://")
-            return response.read()
-    except (OSError, http.client.HTTPException) as error:
+        download(url, path, sha256, most=MOST, seconds=SECONDS)
+    except OSError as error:
         reason = artefacts.short_reason(error)
         raise FileNotFoundError(f"{url} cannot be fetched ({reason}): {_WITHOUT_FETCHING}") from error
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; it was published again since, so upgrade kdlib, or run the earlier chapters instead "
+            "(start_from=scratch)"
+        ) from error
 
 
 def clone_folder() -> Path | None:

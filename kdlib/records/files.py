@@ -77,6 +77,14 @@ def remove(path: Path) -> None:
         sync(path.parent)
 
 
+def remove_whatever(path: Path) -> None:
+    """Delete what has that name, if anything has: a file, a link, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of files, is on the disk."""
     if os.name != "posix" and path.is_dir():
@@ -118,7 +126,9 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal digits."""
+    """The SHA-256 of a file's bytes, in hexadecimal digits; ValueError for a folder, a pipe or a device."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a plain file: move it away")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kdlib.records.files import open_plain
+from kdlib.records.limits import check_archive
 from kdlib.sources.pictures import from_floats
 
 SPLITS = ("train", "validation", "test")
@@ -32,10 +34,11 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """
     arrays: dict[str, np.ndarray] = {}
     try:
-        with open(path, "rb") as file:  # np.load leaves a damaged file open
-            stored = np.load(file, allow_pickle=False)
-            if isinstance(stored, np.ndarray):
+        with open_plain(path) as file:  # np.load leaves a damaged file open
+            if file.read(6) == np.lib.format.MAGIC_PREFIX:
                 raise ValueError("it is a single array")
+            check_archive(file)
+            stored = np.load(file, allow_pickle=False)
             for split in SPLITS:
                 for kind in ("images", "labels"):
                     there = [name for name in names_of(split, kind) if name in stored.files]
@@ -48,13 +51,17 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             pairs = ["validation_images", "validation_labels"]
             wanted = [*ARRAYS, *(pairs if set(pairs) & set(arrays) else [])]
             if missing := [name for name in wanted if name not in arrays]:
-                raise ValueError(f"it has no {', '.join(missing)}, but {', '.join(stored.files) or 'nothing'}")
+                raise ValueError(f"it has no {', '.join(missing)}, but {_listed(stored.files)}")
     except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
         raise ValueError(
             f"{path} is not a data set ({error}): expected an .npz file with the arrays {', '.join(ARRAYS)} and "
             "class_names, none of them of Python objects; if it was cut off, delete it and let it be made again"
         ) from error
     return checked(arrays, str(path))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + ", …" * (len(names) > 8) or "nothing"
 
 
 def checked(arrays: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
@@ -130,7 +137,8 @@ def _labels(array: np.ndarray) -> np.ndarray:
         array = array[:, 0]
     if array.ndim != 1 or not array.size:
         raise ValueError("expected (N,) or (N, 1), one class number per image" + _one_hot(array))
-    if array.dtype.kind not in "uif" or not (np.abs(array) < 2**31).all() or (array != np.round(array)).any():
+    numbers = array.astype(np.float64) if array.dtype.kind in "uif" else np.array(np.nan)
+    if not (np.abs(numbers) < 2**31).all() or (numbers != np.round(numbers)).any():
         raise ValueError("expected whole numbers, one class number per image")
     return array.astype(np.int64)
 

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from kdlib.records.limits import check_memory
 from kdlib.sources.pictures import MANY, check_depth, read_picture
 from kdlib.train import progress_bar
 
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif")
 SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+DEEPEST = 64  # folders within one another in which pictures are looked for
 HIDDEN, TWICE = "hidden", "that links lead to again"
 LAYOUT = "train/<class>/ and test/<class>/, and val/<class>/ if the validation images are chosen already"
 
@@ -56,6 +58,9 @@ def read_folder(path: Path, size: int | None = None) -> tuple[dict[str, np.ndarr
                         "(or the notebook its parameter size)"
                     )
                 if images is None:
+                    check_memory(
+                        len(found) * pixels.size, f"the {len(found):,} images of {path}", "give a smaller size"
+                    )
                     images = np.empty((len(found), *shape), np.uint8)
                 images[k] = pixels
                 kinds[kind] += 1
@@ -109,14 +114,16 @@ def _pictures(folder: Path, skipped: Counter) -> list[tuple[Path, str | None]]:
     seen: set[tuple[int, int]] = set()
     for above in (whole, *whole.parents, *classes):  # a link to one of them would read other pictures under this name
         _met(above, seen)
-    found = [(file, None) for file in _files(folder, skipped, seen, deep=False)]
+    found = [(file, None) for file in _files(folder, skipped, seen, deep=0)]
     for one in classes:
         found += [(file, _name(one)) for file in _files(one, skipped, seen)]
     return found
 
 
-def _files(folder: Path, skipped: Counter, seen: set[tuple[int, int]], deep: bool = True) -> Iterator[Path]:
+def _files(folder: Path, skipped: Counter, seen: set[tuple[int, int]], deep: int = DEEPEST) -> Iterator[Path]:
     """The pictures in a folder and the folders below it, in order, each once, whatever links lead to it."""
+    if deep == 1:
+        raise ValueError(f"{str(folder)[:200]}… lies {DEEPEST} folders below its class's: move the pictures up")
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
@@ -128,7 +135,7 @@ def _files(folder: Path, skipped: Counter, seen: set[tuple[int, int]], deep: boo
             if deep and _met(entry, seen):
                 skipped[TWICE] += 1
             elif deep:
-                yield from _files(entry, skipped, seen)
+                yield from _files(entry, skipped, seen, deep - 1)
         elif entry.suffix.lower() not in ENDINGS:
             skipped[entry.suffix or entry.name] += 1
         elif entry.exists() and _met(entry, seen):
@@ -139,6 +146,8 @@ def _files(folder: Path, skipped: Counter, seen: set[tuple[int, int]], deep: boo
 
 def _name(folder: Path) -> str:
     """The name of a class: é may be one letter or two, as the system that wrote the folder liked."""
+    if not folder.name.isprintable():
+        raise ValueError(f"{str(folder)!r} has a name that cannot be printed: rename it")
     return unicodedata.normalize("NFC", folder.name)
 
 

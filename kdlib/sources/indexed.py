@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdlib.records.limits import check_memory
 from kdlib.sources.arrays import CHANNELS
 from kdlib.sources.pictures import GREY, MANY, Kind, check_depth, from_floats, from_pil, on_white, resized
 from kdlib.train import progress_bar
@@ -36,9 +37,10 @@ def read_indexed(dataset: Any, where: str, size: int | None = None) -> tuple[np.
         raise TypeError(
             f"{where} is a {type(dataset).__name__}: expected a data set with len() and an index, not a stream"
         )
-    images, labels, kinds = None, np.empty(len(dataset), np.int64), set()
     if not len(dataset):
         raise ValueError(f"{where} is empty: expected at least one image of each class")
+    check_memory(8 * len(dataset), f"the {len(dataset):,} labels of {where}", "expected a length that is true")
+    images, labels, kinds = None, np.empty(len(dataset), np.int64), set()
     with progress_bar(len(dataset), len(dataset) >= MANY, unit="image") as bar:
         for k in range(len(dataset)):
             try:
@@ -48,7 +50,11 @@ def read_indexed(dataset: Any, where: str, size: int | None = None) -> tuple[np.
             except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
                 reason = f"there is no {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"{where}[{k}]: {reason}") from error
-            images = np.empty((len(dataset), *pixels.shape), np.uint8) if images is None else images
+            if images is None:
+                check_memory(
+                    len(dataset) * pixels.size, f"the {len(dataset):,} images of {where}", "give a smaller size"
+                )
+                images = np.empty((len(dataset), *pixels.shape), np.uint8)
             if {images.shape[3], pixels.shape[2]} == {1, 3}:  # grey pictures among those in colour
                 images, pixels = (x if x.shape[-1] == 3 else np.repeat(x, 3, axis=-1) for x in (images, pixels))
             if pixels.shape != images.shape[1:]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from kdlib.records.download import download
+from kdlib.records.files import remove_whatever
 from kdlib.sources.order import in_canonical_order
 from kdlib.sources.splits import VALIDATION, stratified
+
+MOST, SECONDS = 2**29, 3600  # bytes that an archive may have (CIFAR's have 170 MB), and seconds to fetch it
 
 
 class Source(NamedTuple):
@@ -47,6 +52,7 @@ def _torchvision(dataset: str) -> Callable[[Path], dict[str, np.ndarray]]:
         import torchvision
 
         kind, arrays = getattr(torchvision.datasets, dataset), {}
+        prepare(kind, folder / "downloads")
         for split in ("train", "test"):
             loaded = kind(folder / "downloads", train=split == "train", download=True)
             images = np.asarray(loaded.data)
@@ -56,6 +62,48 @@ def _torchvision(dataset: str) -> Callable[[Path], dict[str, np.ndarray]]:
         return {**arrays, "class_names": np.array(names)}
 
     return load
+
+
+def prepare(kind: type, folder: Path) -> None:
+    """Leave in `folder` the archives of a data set of torchvision's, and nothing that was unpacked from them before.
+
+    torchvision then unpacks them, and downloads nothing. An archive with another MD5 than torchvision names is fetched
+    again: a truncated one goes on where it stopped. Unpacking may have been interrupted, which torchvision would not
+    notice.
+
+    Raises:
+        OSError: an archive cannot be fetched from any of its addresses; the message names each and why.
+    """
+    if hasattr(kind, "resources"):  # MNIST and its like: four archives, each at several addresses
+        place = folder / kind.__name__ / "raw"
+        unpacked = [place / name.removesuffix(".gz") for name, _ in kind.resources]
+        archives = {name: (md5, [f"{mirror}{name}" for mirror in kind.mirrors]) for name, md5 in kind.resources}
+        unpacked.append(folder / kind.__name__ / "processed")
+    else:
+        place, unpacked = folder, [folder / kind.base_folder]
+        archives = {kind.filename: (kind.tgz_md5, [kind.url])}
+    for path in unpacked:
+        remove_whatever(path)
+    for name, (md5, addresses) in archives.items():
+        _fetch_archive(place / name, md5, addresses)
+
+
+def _fetch_archive(path: Path, md5: str, addresses: Sequence[str]) -> None:
+    if path.is_file():
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "md5").hexdigest() == md5:
+                return
+        path.replace(path.with_name(f"{path.name}.part"))
+    remove_whatever(path)
+    refused = []
+    for address in addresses:
+        try:
+            download(address, path, md5, kind="md5", most=MOST, seconds=SECONDS)
+        except (OSError, ValueError) as error:
+            refused.append(f"{address}: {error}")
+        else:
+            return
+    raise OSError("; ".join(refused))
 
 
 DATA_SETS = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import operator
 import stat
 import warnings
@@ -11,6 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from kdlib.records.limits import RATIO, check_memory
+
+# of the files that are opened, whatever their names end in: for others PIL may start another program, as for PostScript
+FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
+PIXELS = 2**26  # bytes that any picture may take as RGB; or RATIO times its file's size, as in kdlib.records.limits
+LARGEST = 8_192  # pixels that a side may be resized to
+ORIENTATION = 0x0112  # EXIF's number for it
 COLOURS = ("RGB", "CMYK", "YCbCr", "HSV")  # modes that PIL converts to RGB without a choice to be made
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N")  # 16 bits of grey
 MANY = 2_000  # pictures from which on a bar shows how far the reading is
@@ -44,7 +53,13 @@ def read_picture(path: Path, size: int | None = None) -> tuple[np.ndarray, Kind]
         with warnings.catch_warnings():
             # a damaged or malicious file of a few bytes can claim any number of pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            with Image.open(path, formats=_formats()) as picture:
+                claimed, held = 3 * picture.width * picture.height, path.stat().st_size
+                if claimed > max(PIXELS, RATIO * held):
+                    raise ValueError(
+                        f"{picture.width}x{picture.height} pixels in {held:,} bytes: expected at most {RATIO} times as "
+                        "many; save it smaller"
+                    )
                 frames = getattr(picture, "n_frames", 1)
                 pixels, kind = from_pil(picture, size)
                 if picture.mode == "RGB" and _bits(path, picture) == 16:  # PIL keeps the upper eight
@@ -52,6 +67,15 @@ def read_picture(path: Path, size: int | None = None) -> tuple[np.ndarray, Kind]
     except Exception as error:  # PIL raises a dozen kinds for damaged files
         raise ValueError(f"{path} is not an image that can be read ({error}): replace or remove it") from error
     return pixels, kind._replace(frames=frames)
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Those of FORMATS that the installed PIL knows."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _bits(path: Path, picture) -> int:
@@ -70,11 +94,14 @@ def from_pil(picture, size: int | None = None) -> tuple[np.ndarray, Kind]:
     """
     from PIL import ImageOps
 
-    picture = ImageOps.exif_transpose(picture)
+    if picture.getexif().get(ORIENTATION, 1) != 1:  # otherwise it would be a copy
+        picture = ImageOps.exif_transpose(picture)
     kind = Kind(picture.mode)
     if picture.mode in DEEP or (picture.mode == "I" and picture.format == "PNG"):
-        values = np.asarray(picture).astype(np.int64)
-        kind, pixels = kind._replace(highest=int(values.max())), np.round(values / 257).astype(np.uint8)
+        values = np.asarray(picture)
+        kind, pixels = kind._replace(highest=int(values.max())), np.empty(values.shape, np.uint8)
+        for made, row in zip(pixels, values, strict=True):  # row by row, since floats take four times the memory
+            made[:] = np.round(row / 257)
     elif picture.mode == "F":
         pixels = from_floats(np.asarray(picture))
     elif picture.mode in ("1", "L", "RGB") and "transparency" in picture.info:  # one colour stands for none
@@ -82,9 +109,9 @@ def from_pil(picture, size: int | None = None) -> tuple[np.ndarray, Kind]:
     elif picture.mode in ("1", "L"):
         pixels = np.asarray(picture.convert("L"))
     elif picture.mode in COLOURS:
-        pixels = np.asarray(picture.convert("RGB"))
+        pixels = np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
     elif picture.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa", "RGBX"):
-        pixels = on_white(np.asarray(picture.convert("RGBA")))
+        pixels = on_white(np.asarray(picture if picture.mode == "RGBA" else picture.convert("RGBA")))
     else:
         raise ValueError(f"mode {picture.mode}: expected 8 or 16 bits of grey, floats from 0 to 1, or colours")
     pixels = np.broadcast_to(pixels.reshape(*pixels.shape[:2], -1), (*pixels.shape[:2], 3))
@@ -106,7 +133,9 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
 
 def all_resized(images: np.ndarray, size: int) -> np.ndarray:
     """The same image by image, so that no second copy of all of them is needed."""
-    made = np.empty((len(images), size, size, images.shape[3]), np.uint8)
+    shape = len(images), size, size, images.shape[3]
+    check_memory(math.prod(shape), f"{len(images):,} images of size {size}", "give a smaller size")
+    made = np.empty(shape, np.uint8)
     for k, one in enumerate(images):
         made[k] = resized(one[None], size)[0]
     return made
@@ -132,7 +161,8 @@ def from_floats(values: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"floats from {low:g} to {high:g}: expected a range from 0 to 1; scale them, without subtracting a mean"
         )
-    return np.round(np.asarray(values, np.float32) * 255).astype(np.uint8)
+    scaled = np.asarray(values, np.float32) * 255
+    return np.round(scaled, out=scaled if scaled.ndim else None).astype(np.uint8)
 
 
 def check_depth(kinds: dict[Kind, int] | list[Kind], where: str) -> None:
@@ -145,7 +175,7 @@ def check_depth(kinds: dict[Kind, int] | list[Kind], where: str) -> None:
         )
 
 
-def whole_number(name: str, value: object, least: int, most: int | None = None) -> int | None:
+def whole_number(name: str, value: object, least: int, most: int = LARGEST) -> int | None:
     """A whole number, of Python's or NumPy's kind, within bounds; None stays None."""
     if value is None:
         return None
@@ -153,7 +183,7 @@ def whole_number(name: str, value: object, least: int, most: int | None = None) 
         number = operator.index(value)
     except TypeError:
         number = None
-    if number is None or isinstance(value, bool) or number < least or (most is not None and number > most):
-        bound = f"from {least} to {most}, a quarter of the shorter side" if most is not None else f"of at least {least}"
+    if number is None or isinstance(value, bool) or not least <= number <= most:
+        bound = f"from {least} to {most:,}" + ", a quarter of the shorter side" * (name == "padding")
         raise ValueError(f"{name} is {value!r}: expected a whole number of pixels {bound}")
     return number

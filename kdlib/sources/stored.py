@@ -32,7 +32,7 @@ def read_stored(name: str, folder: Path) -> dict[str, np.ndarray]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             arrays = DATA_SETS[name].load(folder)
-        except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError if no mirror responds
+        except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError if an archive is not its own
             raise FileNotFoundError(
                 f"data set {name!r}: {path} is not there, and downloading it failed ({error}). Either let this machine "
                 f"reach the network once, or put the file there from another machine, or set KDLIB_DATA to the folder "
