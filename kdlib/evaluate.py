@@ -20,7 +20,7 @@ from kdlib import gpu
 from kdlib.data import ImageSet
 from kdlib.gpu import ranks
 from kdlib.losses import at_least_float32
-from kdlib.records.documents import NUMBER, load_document, mismatch, save_document
+from kdlib.records.documents import RESULTS, load_document, mismatch, save_document
 
 BINS = 15  # of confidence, for calibration
 ROLES = ("teacher", "student", "distilled")
@@ -188,10 +188,6 @@ def save_results(path: Path, profile: str, dataset: str, runs: list[dict]) -> di
     return results
 
 
-_RUN = {"role": str, "network": str, "parameters": int, "size_mb": NUMBER, "seeds": [int], "accuracy": [NUMBER]}
-_RESULTS = {"profile": str, "dataset": str, "runs": [_RUN | {"latency_ms": {...: {...: NUMBER}}}]}
-
-
 def load_results(path: Path) -> dict:
     """What :func:`save_results` wrote.
 
@@ -202,7 +198,7 @@ def load_results(path: Path) -> dict:
     if not path.exists():
         raise FileNotFoundError(f"results {path} are not there: run chapter 06 first")
     results = load_document(path, "results file", "run chapter 06 again")
-    wrong = mismatch(results, _RESULTS)
+    wrong = mismatch(results, RESULTS)
     if wrong := wrong or next((f"a role is {r['role']!r}" for r in results["runs"] if r["role"] not in ROLES), ""):
         raise ValueError(f"{path} is not a results file ({wrong}): run chapter 06 again")
     return results

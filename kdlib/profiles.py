@@ -148,9 +148,9 @@ PARAMETERS = (
     "dataset", "teacher", "student", "limit", "size", "padding", "flip", "epochs", "views", "temperature", "alpha",
     "beta", "n_seeds", "seed", "start_from",
 )  # fmt: skip
-LEAST = {"limit": 1, "n_seeds": 1, "seed": 0, "size": 2, "padding": 0}
-# of the seeds there are 2**32, and those of a search come 1,000 after the first
-MOST = {"limit": 10**9, "n_seeds": 1_000, "seed": 2**32 - 2_001, "size": LARGEST, "padding": LARGEST // 4}
+# least and most; of the seeds there are 2**32, and those of a search come 1,000 after the first
+RANGES = {"limit": (1, 10**9), "n_seeds": (1, 1_000), "seed": (0, 2**32 - 2_001)}
+RANGES |= {"size": (2, LARGEST), "padding": (0, LARGEST // 4)}
 START_FROM = ("scratch", "published")
 
 
@@ -246,9 +246,10 @@ def _check_known(name: str, known: tuple[str, ...] | list[str]) -> None:
 
 def _override(profile: Profile, key: str, value) -> Profile:
     """The profile with one parameter changed."""
-    if key in LEAST:
-        if not isinstance(value, int) or isinstance(value, bool) or not LEAST[key] <= value <= MOST[key]:
-            raise ValueError(f"{key} is {value!r}: expected a whole number from {LEAST[key]:,} to {MOST[key]:,}")
+    if key in RANGES:
+        least, most = RANGES[key]
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(f"{key} is {value!r}: expected a whole number from {least:,} to {most:,}")
         return replace(profile, **{key: value})
     if key == "epochs":
         teacher, student = (replace(own, epochs=value) for own in (profile.teacher_recipe, profile.student_recipe))

@@ -12,6 +12,8 @@ from kdlib.records.limits import JSON_BYTES, read_json
 
 NUMBER = (int, float)
 HISTORY = {"loss": [NUMBER], "accuracy": [NUMBER], "seconds": [NUMBER]}  # the fields of kdlib.History
+_RUN = {"role": str, "network": str, "parameters": int, "size_mb": NUMBER, "seeds": [int], "accuracy": [NUMBER]}
+RESULTS = {"profile": str, "dataset": str, "runs": [_RUN | {"latency_ms": {...: {...: NUMBER}}}]}  # results.json
 _FIELDS = {"fingerprint": dict, "sha256": str, "provenance": dict, "settings": dict, "format": dict}  # of a record
 _FIELDS |= {"networks": {...: dict}, "history": {...: [NUMBER]}}
 CHECKSUM = "checksum"  # a document's key for the SHA-256 of all the rest, as canonical JSON

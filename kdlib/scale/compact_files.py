@@ -25,7 +25,7 @@ from kdlib.evaluate import outputs_of
 from kdlib.gpu import ranks as processes
 from kdlib.losses import at_least_float32
 from kdlib.records import artefacts
-from kdlib.records.documents import load_document
+from kdlib.records.documents import load_document, read_document
 from kdlib.records.identity import digest
 from kdlib.scale.compact import CompactSoftLabels, Layout, layout
 from kdlib.soft_labels import LiveTeacher
@@ -246,7 +246,7 @@ def _make_room(path: Path, fingerprint: dict) -> None:
         if not path.exists():
             return
         try:
-            found = artefacts.read_document(path)
+            found = read_document(path)
         except ValueError:
             found = {}
         if found.get("fingerprint") != fingerprint:
