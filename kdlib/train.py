@@ -111,6 +111,8 @@ def train(
 ) -> History:
     """Train `model` in place: SGD with Nesterov momentum, a warm-up and a cosine, in half precision on a GPU.
 
+    The recipe's seed decides the order and the views, and what dropout draws; the global random state stays as it was.
+
     Args:
         model: any network from (B, C, H, W) images to (B, classes) logits; moved to `device`.
         data: the training images.
@@ -121,7 +123,8 @@ def train(
             function of a :class:`kdlib.data.Batch`.
         validation: its accuracy is measured after every epoch. Nothing is chosen by it here.
         checkpoint: the unfinished run's file, written at most once a minute. If it is there, the run goes on from it.
-            It stays at the end, so that nothing is lost before you have saved the network: delete it then.
+            It stays at the end, so that nothing is lost before you have saved the network: delete it then. On another
+            device the random numbers start afresh, and a warning says so.
         progress: show a bar (``TQDM_DISABLE=1`` in the environment silences it too).
         fast: False turns off all that :mod:`kdlib.gpu` does for speed; on a CPU that is nothing.
 
@@ -143,7 +146,7 @@ def train(
     momentum = {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
     optimizer = engine.sgd(model, recipe.learning_rate, weight_decay=recipe.weight_decay, **momentum)
     generator = torch.Generator(device).manual_seed(recipe.seed)
-    run = Checkpoint(checkpoint, key, generator, model=model, optimizer=optimizer, scaler=engine.scaler)
+    run = Checkpoint(checkpoint, key, [generator], model=model, optimizer=optimizer, scaler=engine.scaler)
     history = History(**run.resume())
 
     def step(batch: Batch) -> Tensor:

@@ -6,7 +6,8 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from kdlib import gpu
 from kdlib.data import Batch, ImageSet, Targets, draw_epoch, steps_per_epoch
 from kdlib.losses import at_least_float32
+from kdlib.records.checkpoint import Checkpoint
+from kdlib.records.fingerprint import fingerprint
 from kdlib.records.identity import IdentityError, digest, identify
 from kdlib.train import History, Recipe, check_labels, progress_bar
 
@@ -25,6 +28,7 @@ def train_many(
     recipes: Sequence[Recipe],
     *,
     targets: Sequence[Callable[[Batch], Tensor] | None] | None = None,
+    checkpoint: Path | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> list[History]:
@@ -40,6 +44,7 @@ def train_many(
         loss_fns: one per model, each a mean over its images. Networks with the same loss share one call.
         recipes: one per model; they differ in seed, learning rate and weight decay only, without cutout and mixup.
         targets: one per model, None for those that learn from the labels alone; None if all do.
+        checkpoint: the unfinished program's file, as for :func:`kdlib.train`; delete it when the networks are saved.
         device: the networks stay there. On a GPU without bfloat16 they are trained in float32.
         progress: show a bar.
 
@@ -48,7 +53,9 @@ def train_many(
 
     Raises:
         FloatingPointError: weights were infinite or not a number after an epoch. It says whose.
-        ValueError: the lists do not fit each other, targets do not fit the data, or labels are missing.
+        IdentityError: with a checkpoint, if a loss or targets cannot be identified by their content.
+        ValueError: the lists do not fit each other, targets do not fit the data, labels are missing, or the checkpoint
+            is of another program.
     """
     targets = targets if targets is not None else [None] * len(models)
     _check(models, loss_fns, recipes, targets)
@@ -61,6 +68,10 @@ def train_many(
         check_labels(data, loss_fn, one)
         if isinstance(one, Targets):
             one.check(data, recipe)
+    key = None
+    if checkpoint:
+        each = zip(models, loss_fns, recipes, targets, strict=True)
+        key = digest([fingerprint(model, data, loss_fn, r, own) for model, loss_fn, r, own in each])
     groups = []  # (loss_fn, which models, [(their targets, which models have these)])
     for members in _same(loss_fns, [target is None for target in targets]):
         parts = [[members[k] for k in part] for part in _same([targets[k] for k in members])]
@@ -89,12 +100,14 @@ def train_many(
     rates, decays = per_model("learning_rate"), per_model("weight_decay")
     velocity = {name: torch.zeros_like(w) for name, w in weights.items()}
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    run = Checkpoint(checkpoint, key, generators, tensors=_Tensors(weights | buffers), velocity=_Tensors(velocity))
+    histories = [History(**own) for own in run.resume().get("networks", [{} for _ in models])]
+    done = len(histories[0].loss)
     per_epoch = steps_per_epoch(data, recipe.batch_size)
-    steps, step = recipe.epochs * per_epoch, 0
-    histories = [History() for _ in models]
-    start = time.perf_counter()
-    with progress_bar(recipe.epochs, progress) as bar:
-        for _ in range(recipe.epochs):
+    steps, step = recipe.epochs * per_epoch, done * per_epoch
+    start = time.perf_counter() - (histories[0].seconds[-1] if done else 0)
+    with run, progress_bar(recipe.epochs, progress, done) as bar:
+        for _ in range(done, recipe.epochs):
             drawn = [draw_epoch(data, recipe.batch_size, views=recipe.views, generator=g) for g in generators]
             indices, views = (torch.stack(x, dim=1) for x in zip(*drawn, strict=True))  # (steps, S, B) each
             totals = torch.zeros(len(groups), device=device, dtype=dtype)
@@ -134,12 +147,25 @@ def train_many(
                     f"their learning rates ({[recipes[k].learning_rate for k in diverged]}), or train without them"
                 )
             bar.update()
+            run.save({"networks": [asdict(history) for history in histories]})
     for k, model in enumerate(models):
         with torch.no_grad():
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
                 tensor.copy_((weights | buffers)[name][k])
         model.eval()
     return histories
+
+
+class _Tensors(dict):
+    """Tensors by name, as a part of a checkpoint."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in self.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self.items():
+            tensor.copy_(state[name])
 
 
 def _same(*lists: Sequence) -> list[list[int]]:
