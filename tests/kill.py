@@ -48,6 +48,7 @@ from kdlib.records import artefacts, checkpoint
 from kdlib.records.files import LOCKS
 
 WAIT = 600  # seconds after which a run counts as hanging
+LOG = "command.log"  # what a command that starts others says
 NOT_COMPARED = (LOCKS, ".jupyter", "live")  # folders: locks stay and block nobody, the others are Jupyter's and npm's
 DISTIL = partial(kdlib.distillation_loss, temperature=4.0, alpha=0.1)
 SWEPT = """
@@ -56,12 +57,12 @@ import torch.nn.functional as F
 from kdlib.records import checkpoint
 
 checkpoint.CHECKPOINT_SECONDS = 0
-settings = kdlib.resolve("quick", run=run, seed=seed, n_seeds=1)
-data = kdlib.load_data("digits", limit=200)
-for role in ("student", "distilled"):
-    recipe = kdlib.Recipe(epochs=10, batch_size=20, learning_rate=temperature / 20, seed=seed)
-    file, more = settings.file(role, "perceptron", seed), {"validation": data.validation}
-    kdlib.load_or_train(settings.folder, file, "perceptron", data.train, F.cross_entropy, recipe, **more)
+settings, data = kdlib.resolve("quick", run=run), kdlib.load_data("digits", limit=200)
+for own in settings.seeds:
+    recipe = kdlib.Recipe(epochs=10, batch_size=20, learning_rate=temperature / 20, seed=own)
+    for role in ("student", "distilled"):
+        file, more = settings.file(role, "perceptron", own), {"validation": data.validation}
+        kdlib.load_or_train(settings.folder, file, "perceptron", data.train, F.cross_entropy, recipe, **more)
 """
 
 
@@ -131,8 +132,7 @@ class Command:
     def __init__(self, arguments: list[str], folder: Path):
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("KDLIB_", "PYTEST_"))}
         kept |= {"PYTHONPATH": str(folder), "KDLIB_OUTPUTS": str(folder / "outputs"), "OMP_NUM_THREADS": "1"}
-        self.log = folder / "command.log"
-        with open(self.log, "w") as log:
+        with open(folder / LOG, "w") as log:
             command = [sys.executable, *arguments]
             streams = {"stdout": log, "stderr": subprocess.STDOUT}
             self.process = subprocess.Popen(command, cwd=folder, env=kept, start_new_session=True, **streams)
@@ -219,7 +219,8 @@ def campaign(victim: Victim, kills: int, random_: random.Random, root: Path) -> 
     victim.prepare(whole)
     begun = time.perf_counter()
     if status := victim.start(whole).wait(WAIT):
-        raise RuntimeError(f"{victim.name}: exit status {status} though nobody killed it; see {whole}")
+        said = (whole / LOG).read_text(encoding="utf-8")[-500:] if (whole / LOG).exists() else ""
+        raise RuntimeError(f"{victim.name}: exit status {status} though nobody killed it\n{said}")
     duration, wanted = time.perf_counter() - begun, outcome(whole)
     for number in range(4 * kills):  # more than enough: a run may be done before it is to be killed
         if counts["kills"] == kills:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from kdlib import gpu
 from kdlib.data import Batch, ImageSet, Targets, draw_epoch, steps_per_epoch
 from kdlib.losses import at_least_float32
+from kdlib.records import identity
 from kdlib.records.checkpoint import Checkpoint
-from kdlib.records.fingerprint import fingerprint
 from kdlib.records.identity import IdentityError, digest, identify
 from kdlib.train import History, Recipe, check_labels, progress_bar
 
@@ -64,17 +64,16 @@ def train_many(
     data.resolve_views(recipe.views)
     seeds = list(dict.fromkeys(r.seed for r in recipes))
     seed_of = torch.tensor([seeds.index(r.seed) for r in recipes], device=device)
-    for loss_fn, one in zip(loss_fns, targets, strict=True):
+    objectives = list(zip(loss_fns, targets, strict=True))
+    for loss_fn, one in objectives:
         check_labels(data, loss_fn, one)
         if isinstance(one, Targets):
             one.check(data, recipe)
-    key = None
-    if checkpoint:
-        each = zip(models, loss_fns, recipes, targets, strict=True)
-        key = digest([fingerprint(model, data, loss_fn, r, own) for model, loss_fn, r, own in each])
+    known = {number: _identity(x) for number, x in {id(x): x for pair in objectives for x in pair}.items()}
+    key = _key(models, data, objectives, recipes, known) if checkpoint else None
     groups = []  # (loss_fn, which models, [(their targets, which models have these)])
-    for members in _same(loss_fns, [target is None for target in targets]):
-        parts = [[members[k] for k in part] for part in _same([targets[k] for k in members])]
+    for members in _same([(known[id(x)], own is None) for x, own in objectives]):
+        parts = [[members[k] for k in part] for part in _same([known[id(targets[k])] for k in members])]
         shared = [targets[part[0]] for part in parts]
         shared = [target.to(device) if isinstance(target, Targets) else target for target in shared]
         members = [k for part in parts for k in part]
@@ -168,19 +167,34 @@ class _Tensors(dict):
             tensor.copy_(state[name])
 
 
-def _same(*lists: Sequence) -> list[list[int]]:
-    """The places at which the lists hold the same, together: functions and targets the same by content."""
+def _content(thing: object) -> str:
+    """The digest of what a loss or targets are by content; IdentityError if it cannot be known."""
+    return digest(thing.identity if isinstance(thing, Targets) else identify(thing))
 
-    def key(thing: object) -> object:
-        try:
-            return digest(thing.identity if isinstance(thing, Targets) else identify(thing))
-        except IdentityError:
-            return id(thing)
 
-    keys = {id(thing): key(thing) for thing in {id(thing): thing for own in lists for thing in own}.values()}
-    groups: dict[tuple, list[int]] = {}
-    for number, things in enumerate(zip(*lists, strict=True)):
-        groups.setdefault(tuple(keys[id(thing)] for thing in things), []).append(number)
+def _identity(thing: object) -> str | int:
+    """The same, and of what cannot be known so, its number."""
+    try:
+        return _content(thing)
+    except IdentityError:
+        return id(thing)
+
+
+def _key(models: Sequence, data: ImageSet, objectives: Sequence[tuple], recipes: Sequence[Recipe], known: dict) -> str:
+    """What the program is: what the networks' fingerprints hold, each part of which is identified once."""
+    for thing in (thing for pair in objectives for thing in pair):
+        if isinstance(known[id(thing)], int):
+            _content(thing)  # raises, and says why
+    objectives = [(known[id(loss_fn)], known[id(own)]) for loss_fn, own in objectives]
+    weights = [identity.weights(model) for model in models]
+    return digest([identity.network(models[0]), data.identity, weights, objectives, list(map(asdict, recipes))])
+
+
+def _same(things: Sequence) -> list[list[int]]:
+    """The places at which a list holds the same."""
+    groups: dict[object, list[int]] = {}
+    for number, thing in enumerate(things):
+        groups.setdefault(thing, []).append(number)
     return list(groups.values())
 
 
