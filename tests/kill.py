@@ -14,19 +14,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,21 +35,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # where its neighbours
 import dying
 import nbformat
 import torch
-import torch.nn.functional as F
 from conftest import make_images
-from torch import nn
-from tqdm import tqdm
-from workshop import change_cell, copy_book, tiny_book
+from workshop import ROOT, change_cell, copy_book, tiny_book
 
-import kdlib
-from kdlib.lab import RowStore, TrainingSetup, train_setups
-from kdlib.records import artefacts, checkpoint
+from kdlib.records import artefacts
 from kdlib.records.files import LOCKS
 
 WAIT = 600  # seconds after which a run counts as hanging
 LOG = "command.log"  # what a command that starts others says
 NOT_COMPARED = (LOCKS, ".jupyter", "live")  # folders: locks stay and block nobody, the others are Jupyter's and npm's
-DISTIL = partial(kdlib.distillation_loss, temperature=4.0, alpha=0.1)
 SWEPT = """
 import kdlib
 import torch.nn.functional as F
@@ -69,61 +62,22 @@ for own in settings.seeds:
 # --- what is killed --------------------------------------------------------------------------------------------------
 
 
-def with_dropout(classes: int, channels: int) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(64 * channels, classes))
-
-
-def training(folder: Path) -> None:
-    """A teacher with dropout, its soft labels and a distilled student."""
-    data, recipe = make_images(), kdlib.Recipe(epochs=12, batch_size=8, learning_rate=0.1)
-    train = partial(kdlib.load_or_train, folder, data=data, recipe=recipe, device="cpu", progress=False)
-    teacher = train("teacher.pth", with_dropout, loss_fn=F.cross_entropy).model
-    soft = kdlib.load_or_generate(folder, teacher, data, 9, device="cpu", progress=False)
-    train("student.pth", "tiny_cnn", loss_fn=DISTIL, targets=soft)
-
-
-def nothing(folder: Path) -> None:
-    """Until this ends, the process that starts others imports PyTorch."""
-
-
-def experiment(folder: Path) -> None:
-    """Rows of an experiment: four students trained together, then two of them one by one."""
-    data, recipe = make_images(), kdlib.Recipe(epochs=12, batch_size=8, learning_rate=0.05)
-    cases = {f"rate {k}": TrainingSetup("tiny_cnn", data, F.cross_entropy, recipe) for k in (1, 2)}
-    store = RowStore(folder / "05_x.json")
-    train_setups(store, cases, (0, 1), {"test": data}, batched=True)
-    train_setups(store, {"alone": cases["rate 1"]}, (2, 3), {"test": data})
-    store.finish()
-
-
-def in_child(act: Callable[[Path], None], folder: Path) -> None:
-    """`act` with a checkpoint at every epoch, in a process that ends without a word."""
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and would outlive this one
-    warnings.filterwarnings("ignore", "the teacher agrees")
-    checkpoint.CHECKPOINT_SECONDS = 0
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        act(folder)
-
-
 class Child:
-    """A process that runs a function."""
+    """A function of tests/victims.py in a process of its own."""
 
-    context = multiprocessing.get_context("forkserver")  # which imports PyTorch once, and no child inherits a thread
-
-    def __init__(self, act: Callable[[Path], None], folder: Path):
-        self.context.set_forkserver_preload(["torch", "kdlib.lab"])
-        self.process = self.context.Process(target=in_child, args=(act, folder))
-        self.process.start()
+    def __init__(self, server: subprocess.Popen, name: str, folder: Path):
+        self.server = server
+        server.stdin.write(json.dumps([name, str(folder)]).encode() + b"\n")
+        self.number = int(server.stdout.readline())
 
     def wait(self, seconds: float) -> int | None:
         """The exit status, if it ends within so many seconds."""
-        self.process.join(seconds)
-        return self.process.exitcode
+        ended, _, _ = select.select([self.server.stdout], [], [], seconds)
+        return int(self.server.stdout.readline()) if ended else None
 
     def kill(self, whole: bool) -> None:
-        self.process.kill()
-        self.process.join()
+        os.kill(self.number, signal.SIGKILL)
+        self.server.stdout.readline()
 
 
 class Command:
@@ -174,8 +128,19 @@ def chapter(number: str) -> Victim:
 
 
 GRID = ["tools/book.py", "sweep", "--profile", "quick", "--chapters", "01", "--grid", "temperature=1,2"]
-SHORT = (Victim("training", 40, partial(Child, training)), Victim("experiment", 26, partial(Child, experiment)))
-VICTIMS = (*SHORT, Victim("sweep", 12, partial(Command, GRID), swept_book), *map(chapter, ("02", "05", "08")))
+COMMANDS = (Victim("sweep", 12, partial(Command, GRID), swept_book), *map(chapter, ("02", "05", "08")))
+
+
+@contextlib.contextmanager
+def children() -> Iterator[tuple[Victim, ...]]:
+    """The victims that need no command, and in the block a process that starts them."""
+    command = [sys.executable, str(Path(__file__).with_name("victims.py"))]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
+    kills = {"training": 40, "experiment": 26}
+    with subprocess.Popen(command, bufsize=0, **pipes) as server:  # what is not read yet, `select` has to see
+        server.stdout.readline()  # it is ready
+        yield tuple(Victim(name, number, partial(Child, server, name)) for name, number in kills.items())
 
 
 # --- what comes of it ------------------------------------------------------------------------------------------------
@@ -207,15 +172,14 @@ def content(path: Path) -> object:
 
 def differences(found: dict[str, object], wanted: dict[str, object]) -> list[str]:
     """In words, how two outcomes differ."""
-    differ = [f"{name} is another" for name in found.keys() & wanted.keys() if found[name] != wanted[name]]
-    left = [f"{name} is left over" for name in found.keys() - wanted.keys()]
-    return differ + left + [f"{name} is missing" for name in wanted.keys() - found.keys()]
+    left = [f"{name} is left over" for name in found if name not in wanted]
+    missing = [f"{name} is missing" for name in wanted if name not in found]
+    return left + missing + [f"{name} is another" for name in found if found[name] != wanted.get(name, found[name])]
 
 
 def campaign(victim: Victim, kills: int, random_: random.Random, root: Path) -> Counter:
     """So many kills of a victim: how many, how many of them were survived, and what was wrong."""
     counts, whole = Counter(), root / victim.name / "whole"
-    Child(nothing, root).wait(WAIT)
     victim.prepare(whole)
     begun = time.perf_counter()
     if status := victim.start(whole).wait(WAIT):
@@ -261,16 +225,16 @@ def crash_points(root: Path) -> Counter:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--victims", default="", help="some of " + ", ".join(victim.name for victim in VICTIMS))
+    parser.add_argument("--victims", default="", help='such as "training, sweep"; all if not given')
     options = parser.parse_args()
     warnings.filterwarnings("ignore", "the teacher agrees")
     torch.set_num_threads(1)
     begun, random_ = time.perf_counter(), random.Random(options.seed)
     wanted = [name.strip() for name in options.victims.split(",") if name.strip()]
     total = Counter()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, children() as short:
         root = Path(os.path.realpath(name))
-        for victim in VICTIMS:
+        for victim in (*short, *COMMANDS):
             if not wanted or victim.name in wanted:
                 counts = campaign(victim, victim.kills, random_, root)
                 print(f"{victim.name:12}" + ", ".join(f"{n} {what}" for what, n in counts.items()), flush=True)

@@ -4,6 +4,7 @@ import builtins
 import importlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import dying
+import kill
 import numpy as np
 import pytest
 import rot
@@ -292,6 +294,28 @@ def test_two_processes_at_once_mix_up_nothing_and_lose_no_row():
     for kind, found in together.campaign(8).items():
         assert found.pop("pairs") == 2
         assert set(found) <= {"waited"}, kind
+
+
+def test_what_is_killed_at_random_and_started_again_comes_out_as_if_it_had_not_been(tmp_path):
+    with kill.children() as victims:
+        for victim in victims:
+            assert kill.campaign(victim, 4, random.Random(0), tmp_path) == {"kills": 4, "survived": 4}
+
+
+def test_a_kill_that_changed_something_is_noticed(tmp_path):
+    for name, content in {"whole": "[1]", "killed": "[1, 2]"}.items():
+        store = RowStore(tmp_path / name / "05_x.json")
+        store.measure("a", json.loads(content), lambda seed: {"accuracy": 0.5}, made_from={})
+        (tmp_path / name / "student.pth").write_text(content)
+    (tmp_path / "killed" / "x.1a2b.partial").touch()
+    found, wanted = kill.outcome(tmp_path / "killed"), kill.outcome(tmp_path / "whole")
+    assert kill.differences(wanted, wanted) == []
+    assert sorted(kill.differences(found, wanted)) == [
+        "05_x.json is another",
+        "student.pth is another",
+        "x.1a2b.partial is left over",
+    ]
+    assert kill.differences({}, wanted) == ["05_x.json is missing", "student.pth is missing"]
 
 
 # --- absurd input ----------------------------------------------------------------------------------------------------

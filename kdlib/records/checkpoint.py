@@ -128,7 +128,7 @@ class Checkpoint:
 
         If it cannot be written, a warning says so, and training goes on.
         """
-        wait = CHECKPOINT_SECONDS * max(1.0, 5 * self.cost)  # where writing is slow, it takes a 300th of the time
+        wait = pause_after(self.cost)
         start = time.perf_counter()
         if self.path is not None and (self.received is not None or start - self.saved_at >= wait):
             try:
@@ -178,6 +178,11 @@ def _set_random_states(states: dict[str, torch.Tensor], device: torch.device) ->
 
 def _named(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)  # there is one only, and its functions take none
+
+
+def pause_after(cost: float) -> float:
+    """The seconds to the next checkpoint if one takes `cost` seconds: where that is slow, a 300th of the time."""
+    return CHECKPOINT_SECONDS * max(1.0, 5 * cost)
 
 
 def previous(path: Path) -> Path:
