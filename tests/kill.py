@@ -128,7 +128,7 @@ def chapter(number: str) -> Victim:
 
 
 GRID = ["tools/book.py", "sweep", "--profile", "quick", "--chapters", "01", "--grid", "temperature=1,2"]
-COMMANDS = (Victim("sweep", 12, partial(Command, GRID), swept_book), *map(chapter, ("02", "05", "08")))
+COMMANDS = (Victim("sweep", 12, partial(Command, GRID), swept_book), *map(chapter, ("02", "03", "05")))
 
 
 @contextlib.contextmanager

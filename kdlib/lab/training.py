@@ -44,6 +44,8 @@ def train_setups(
 ) -> dict[str, list[dict]]:
     """Train a student for each setup and seed, and measure it: one row each, those in the store excepted.
 
+    A training that was interrupted goes on from its checkpoint, which lies beside the store until the rows are saved.
+
     Args:
         setups: ``case -> setup``.
         measured_on: ``split -> images``. On ``"test"`` the measures are called accuracy, nll and ece; on any other
