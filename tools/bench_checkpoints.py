@@ -27,6 +27,7 @@ import kdlib
 from kdlib import lab, plots, profiles
 from kdlib.data import ImageSet
 from kdlib.records import artefacts, checkpoint
+from kdlib.records.fingerprint import fingerprint
 
 TARGET = 0.01  # of the training's time, at most
 NETWORKS = ("digits_cnn", "wide_resnet14", "resnet50")  # of which one checkpoint is measured
@@ -80,9 +81,12 @@ def measure(pairs: int, epochs: int) -> dict:
     recipe = dataclasses.replace(settings.teacher_recipe, epochs=epochs)
     few = dataclasses.replace(images, images=images.images[:64], labels=images.labels[:64])
     brief = dataclasses.replace(recipe, epochs=5, batch_size=64)
+    model = kdlib.build(settings.teacher, images.classes, images.channels)
+    identity = [cpu_seconds(lambda: fingerprint(model, images, F.cross_entropy, recipe)) for _ in range(20)]
     with tempfile.TemporaryDirectory() as name:
         return {
             "network": settings.teacher,
+            "identity_seconds": float(np.median(identity)),
             **paired(images, recipe, settings.teacher, pairs, Path(name)),
             "checkpoints": [one_checkpoint(few, brief, network, Path(name)) for network in NETWORKS],
         }
@@ -104,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append([c["network"], f"{c['mb']:.1f}", f"{1e3 * c['seconds']:.1f}", f"{share:.3%}"])
     print(plots.text_table(["checkpoint of", "MB", "CPU ms", "of the time"], rows))
     print(
+        f"\nTo identify the run takes {1e3 * found['identity_seconds']:.1f} ms, once."
         f"\n{found['network']}, {found['seconds']:.2f} CPU seconds: with a checkpoint {found['more']:+.2%} "
         f"± {found['half']:.2%} (95 %, {found['pairs']} pairs; at most {TARGET:.0%} is wanted). Kept in {path}"
     )
