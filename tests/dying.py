@@ -156,6 +156,9 @@ def crash_points(situation: str, folder: Path, data) -> Iterator[list[str]]:
             wrong += mixed_up(tried, good)
             # but for temporary files of dead processes, and this one lives
             wrong += [f"{path.name} is left" for path in tried.glob("[!.]*.partial*")]
+            names = {path.name for path in whole.iterdir()}
+            left = [path.name for path in tried.glob("[!.]*") if path.suffix != ".json" and path.name not in names]
+            wrong += [f"{name} is left" for name in left]  # rows may have a backup more
             shutil.rmtree(tried)
             yield wrong
 
