@@ -115,6 +115,8 @@ def train(
     Under ``torchrun`` every process makes this call and takes its share of each batch (:mod:`kdlib.gpu.ranks`). The
     weights are those of one process, up to rounding and up to batch norm and dropout, which look at a share alone.
 
+    The recipe's seed decides the order and the views, and what dropout draws; the global random state stays as it was.
+
     Args:
         model: any network from (B, C, H, W) images to (B, classes) logits; moved to `device`.
         data: the training images.
@@ -125,7 +127,8 @@ def train(
             function of a :class:`kdlib.data.Batch`.
         validation: its accuracy is measured after every epoch. Nothing is chosen by it here.
         checkpoint: the unfinished run's file, written at most once a minute. If it is there, the run goes on from it.
-            It stays at the end, so that nothing is lost before you have saved the network: delete it then.
+            It stays at the end, so that nothing is lost before you have saved the network: delete it then. On another
+            device the random numbers start afresh, and a warning says so.
         progress: show a bar (``TQDM_DISABLE=1`` in the environment silences it too).
         fast: False turns off all that :mod:`kdlib.gpu` does for speed; on a CPU that is nothing.
 
@@ -148,7 +151,7 @@ def train(
     momentum = {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
     optimizer = engine.sgd(model, recipe.learning_rate, weight_decay=recipe.weight_decay, **momentum)
     generator = torch.Generator(device).manual_seed(recipe.seed)
-    run = Checkpoint(checkpoint, key, generator, model=model, optimizer=optimizer, scaler=engine.scaler)
+    run = Checkpoint(checkpoint, key, [generator], model=model, optimizer=optimizer, scaler=engine.scaler)
     history = History(**run.resume())
 
     def step(batch: Batch) -> Tensor:

@@ -107,7 +107,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         model(torch.ones(2, 6)).sum().backward()
         optimizer.step()
         generator = torch.Generator().manual_seed(seed)
-        return Checkpoint(partial, "key", generator, model=model, optimizer=optimizer)
+        return Checkpoint(partial, "key", [generator], model=model, optimizer=optimizer)
 
     for seed in (1, 2):
         state_of_training(seed)._write({"loss": [0.5] * seed})
@@ -115,7 +115,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     def read_checkpoint():
         state = state_of_training(3)
         history = state.resume()
-        return [history, *(part.state_dict() for part in state.parts.values()), state.generator.get_state()]
+        return [history, *(part.state_dict() for part in state.parts.values()), state.generators[0].get_state()]
 
     arrays = {f"{s}_images": random_.randint(0, 256, (20, 4, 4, 1)).astype(np.uint8) for s in ("train", "test")}
     arrays |= {f"{split}_labels": np.arange(20) % 3 for split in ("train", "test")} | {"class_names": np.array(names)}

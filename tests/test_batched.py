@@ -1,6 +1,7 @@
 """Many networks as one batched program: each as it would be alone."""
 
 import functools
+import importlib
 from dataclasses import replace
 from functools import partial
 
@@ -57,7 +58,7 @@ def test_networks_are_grouped_by_content(image_set, toy_teacher):
         return torch.zeros(len(batch.labels), data.classes)
 
     def grouped(*pairs):
-        return batched._same(*zip(*pairs, strict=True))
+        return batched._same([tuple(map(batched._identity, pair)) for pair in pairs])
 
     colder = partial(distillation_loss, temperature=1.0, alpha=0.1)
     same = partial(distillation_loss, temperature=4.0, alpha=0.1)
@@ -141,6 +142,41 @@ def test_the_network_that_diverged_is_named(image_set):
     recipes = [replace(RECIPE, epochs=1), replace(RECIPE, epochs=1, learning_rate=1e30)]
     with pytest.raises(FloatingPointError, match=r"networks \[1\] stopped being finite in epoch 1: .*1e\+30"):
         quiet_train_many(models, image_set(), [F.cross_entropy] * 2, recipes)
+
+
+def test_a_checkpoint_of_another_program_is_refused_and_one_of_this_is_where_it_goes_on(
+    image_set, toy_teacher, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(importlib.import_module("kdlib.records.checkpoint"), "CHECKPOINT_SECONDS", 0)
+    data, path = image_set(), tmp_path / "program.partial"
+    targets = [None, soft_labels(toy_teacher(data), data), None]
+    loss_fns = [F.cross_entropy, DISTIL, F.cross_entropy]
+    recipes = [replace(RECIPE, epochs=4, seed=seed) for seed in (0, 1, 1)]
+
+    def go(seed=0, **more):
+        models = [build("digits_cnn", 4, 1, seed=recipe.seed + seed) for recipe in recipes]
+        histories = quiet_train_many(models, data, loss_fns, recipes, targets=targets, **more)
+        return [model.state_dict() for model in models], [history.loss for history in histories]
+
+    drawn, draw = [], batched.draw_epoch
+
+    def stop(*args, **more):
+        drawn.append(more["generator"])
+        if len(drawn) > 2 * 2:  # of two seeds each, in the third epoch
+            raise KeyboardInterrupt
+        return draw(*args, **more)
+
+    wanted, losses = go()
+    with monkeypatch.context() as patched:
+        patched.setattr(batched, "draw_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            go(checkpoint=path)
+    with pytest.raises(ValueError, match=r"program\.partial is not a checkpoint of this run \(.*other first weights"):
+        go(checkpoint=path, seed=1)
+    found, found_losses = go(checkpoint=path)
+    assert found_losses == losses
+    for own, whole in zip(found, wanted, strict=True):
+        assert all(torch.equal(own[name], tensor) for name, tensor in whole.items())
 
 
 class Tanh(nn.Sequential):

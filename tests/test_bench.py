@@ -7,7 +7,7 @@ import pytest
 import torch
 from workshop import ROOT, tool
 
-from kdlib import predict_logits
+from kdlib import build, predict_logits
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +76,18 @@ def test_the_command(bench, page, monkeypatch, tmp_path, capsys):
 def test_the_page_shows_what_was_recorded(page):
     shown = page.shown(page.recorded())
     assert f"<!-- bench: begin -->\n{shown}<!-- bench: end -->" in page.PAGE.read_text(encoding="utf-8")
+
+
+def test_what_a_checkpoint_costs_is_measured_in_pairs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("KDLIB_OUTPUTS", str(tmp_path))
+    costs = tool(ROOT, "bench_checkpoints")
+    monkeypatch.setattr(costs, "NETWORKS", ("digits_cnn",))
+    assert costs.main(["--pairs", "2", "--epochs", "1"]) in (0, 1)
+    found = json.loads((tmp_path / "bench-checkpoints.json").read_text())
+    (checkpoint,) = found["checkpoints"]
+    assert (found["pairs"], checkpoint["network"]) == (2, "digits_cnn")
+    assert found["seconds"] > 0
+    parameters = sum(w.numel() for w in build("digits_cnn", 10, 1).parameters())
+    assert checkpoint["mb"] > 2 * 4 * parameters / 1e6  # weights and momentum
+    said = capsys.readouterr().out
+    assert "2 pairs; at most 1% is wanted" in said

@@ -2,7 +2,9 @@
 
 import base64
 import hashlib
+import importlib
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,10 @@ from kdlib.lab import (
     training,
     values,
 )
+from kdlib.lab import rows as rows_module
 from kdlib.published import Logits
+
+checkpoints = importlib.import_module("kdlib.records.checkpoint")
 
 
 def rows(**cases):
@@ -79,7 +84,7 @@ def test_an_interrupted_experiment_goes_on_where_it_stopped(tmp_path):
 def test_jobs_measured_at_once_are_only_those_missing(tmp_path):
     path, asked = tmp_path / "x.json", []
 
-    def run(jobs):
+    def run(jobs, _):
         asked.append(jobs)
         return [{"errors": 10 * seed} for _, seed in jobs]
 
@@ -357,7 +362,7 @@ def test_setups_are_the_same_batched_and_in_turn(tmp_path, digits):
 def trained(monkeypatch):
     """The seeds that were trained, in their order."""
     seeds, train = [], training._train
-    monkeypatch.setattr(training, "_train", lambda setups, more: seeds.extend(more) or train(setups, more))
+    monkeypatch.setattr(training, "_train", lambda setups, more, at: seeds.extend(more) or train(setups, more, at))
     return seeds
 
 
@@ -472,11 +477,76 @@ def test_a_student_that_diverges_counts_as_one_with_equal_logits(tmp_path, digit
 
 def test_cutout_and_mixup_are_trained_alone(tmp_path, digits, monkeypatch):
     programs, train = [], training._train
-    monkeypatch.setattr(training, "_train", lambda setups, seeds: programs.append(len(seeds)) or train(setups, seeds))
+    monkeypatch.setattr(training, "_train", lambda setups, own, at: programs.append(len(own)) or train(setups, own, at))
     plain = setup(digits, epochs=1)
     setups = {"plain": plain, "mixed": replace(plain, recipe=replace(plain.recipe, mixup=1.0))}
     train_setups(RowStore(tmp_path / "x.json"), setups, (0, 1), {"test": digits.test}, batched=True)
     assert programs == [2, 1, 1]
+
+
+class Interrupted(BaseException):
+    """The process was killed."""
+
+
+@pytest.fixture
+def killed_after(monkeypatch):
+    """Lets so many checkpoints be written, one after each epoch, and then kills; returns how many there were."""
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0)
+    written, write = [], checkpoints.Checkpoint._write
+
+    def counted(self, history):
+        if len(written) >= written_at_most[0]:
+            raise Interrupted
+        write(self, history)
+        written.append(self.path)
+
+    written_at_most = [math.inf]
+    monkeypatch.setattr(checkpoints.Checkpoint, "_write", counted)
+
+    def limit(number):
+        written_at_most[0] = number
+        written.clear()
+        return written
+
+    return limit
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_rows_of_a_program_that_was_killed_are_those_of_one_that_was_not(tmp_path, digits, killed_after, batched):
+    setups = {"a": setup(digits, epochs=4), "b": setup(digits, rate=0.05, epochs=4)}
+
+    def rows(path):
+        found = train_setups(RowStore(path), setups, (0, 1), {"test": digits.test}, batched=batched)
+        return {(row["case"], row["seed"]): row["sha256"] for own in found.values() for row in own}
+
+    wanted = rows(tmp_path / "whole.json")
+    written = killed_after(3)
+    with pytest.raises(Interrupted):
+        rows(tmp_path / "x.json")
+    assert list(tmp_path.glob("x.*.partial*"))
+    written = killed_after(math.inf)
+    assert rows(tmp_path / "x.json") == wanted
+    assert len(written) == (1 if batched else 13)  # epochs of the program; of four trainings, the first of which had 3
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_a_diverged_program_leaves_nothing_and_neither_does_a_death_after_the_rows_were_saved(
+    tmp_path, digits, killed_after, monkeypatch
+):
+    killed_after(math.inf)
+    setups = {"fine": setup(digits, epochs=2), "diverging": setup(digits, rate=1e30, epochs=2)}
+    remove = rows_module.RowStore._remove_partial
+    monkeypatch.setattr(rows_module.RowStore, "_remove_partial", lambda self: None)
+
+    def measure():
+        return train_setups(RowStore(tmp_path / "x.json"), setups, (0, 1), {"test": digits.test}, batched=True)
+
+    first = measure()
+    assert [row["diverged"] for row in first["diverging"]] == [1, 1]
+    assert list(tmp_path.glob("x.*.1.partial"))  # of the half that did not diverge
+    monkeypatch.setattr(rows_module.RowStore, "_remove_partial", remove)
+    assert measure() == first
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 # --- teachers -------------------------------------------------------------------------------------------------------
@@ -536,7 +606,7 @@ def peaks(monkeypatch):
     asked, peaks = [], {"low": (0.03, 1e-3), "inside": (0.2, 1e-3), "high": (100.0, 1e-3)}
     networks = {name: partial(small_network, hidden=k) for k, name in enumerate(peaks, 2)}
 
-    def trained(setups, seeds):
+    def trained(setups, *_):
         asked.extend(setups)
         return list(setups)
 
@@ -598,7 +668,7 @@ def test_the_first_axis_is_searched_again_at_the_best_of_the_others(tmp_path, di
         rate, decay = setup.recipe.learning_rate, setup.recipe.weight_decay
         return {"validation accuracy": 1 / (1 + abs(np.log(rate * decay / 1e-4)) + abs(np.log(decay / 1e-4)))}
 
-    monkeypatch.setattr(training, "_train", lambda setups, seeds: list(setups))
+    monkeypatch.setattr(training, "_train", lambda setups, *_: list(setups))
     monkeypatch.setattr(training, "_measures", measures)
     start = setup(digits)
     start = replace(start, recipe=replace(start.recipe, weight_decay=1e-3))

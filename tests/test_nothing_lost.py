@@ -4,25 +4,25 @@ import builtins
 import importlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
+import dying
+import kill
 import numpy as np
 import pytest
 import rot
 import together
 import torch
-import torch.nn.functional as F
-from dying import Died, dies_at
-from torch import nn
+from dying import OTHER, RECIPE, Died, dies_at, linear, student
 
-from kdlib import Recipe, evaluate, load_or_generate, load_or_train
+from kdlib import evaluate
 from kdlib.lab import RowStore
 from kdlib.lab.rows import load
 from kdlib.records import artefacts, files
@@ -30,90 +30,14 @@ from kdlib.records import artefacts, files
 checkpoints = importlib.import_module("kdlib.records.checkpoint")
 pytestmark = pytest.mark.usefixtures("isolated")
 
-RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=0.1)
-OTHER = replace(RECIPE, seed=1)
 
-
-def linear(classes, channels):
-    return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, classes))
-
-
-def student(folder, data, recipe=RECIPE):
-    """Weights and history of a student, trained or loaded."""
-    trained = load_or_train(folder, "student.pth", linear, data, F.cross_entropy, recipe, progress=False)
-    return {name: value.tolist() for name, value in trained.model.state_dict().items()}, trained.history.loss
-
-
-def soft_labels(folder, data, seed=0):
-    torch.manual_seed(seed)
-    return load_or_generate(folder, linear(data.classes, data.channels), data, 2, progress=False).logits.tolist()
-
-
-def rows(folder, _, rate=0.1):
-    store = RowStore(folder / "05_x.json")
-    store.measure("a", (0, 1), lambda seed: {"accuracy": rate + seed}, made_from={"rate": rate})
-    return [(row["seed"], row["accuracy"]) for row in store.finish()["rows"]]
-
-
-def results(folder, _, accuracy=0.5):
-    path = folder / "results.json"
-    evaluate.save_results(path, "quick", "digits", [rot.RUN | {"accuracy": [accuracy]}])
-    return evaluate.load_results(path)["runs"]
-
-
-# by name: what was there before, and what the process that dies is about to do
-SITUATIONS = {
-    "a student": ([], student),
-    "a student in place of another": ([student], partial(student, recipe=OTHER)),
-    "a student whose backup comes back": ([student, partial(student, recipe=OTHER)], student),
-    "soft labels": ([], soft_labels),
-    "soft labels in place of others": ([soft_labels], partial(soft_labels, seed=1)),
-    "rows": ([], rows),
-    "rows in place of others": ([rows], partial(rows, rate=0.2)),
-    "results": ([], results),
-    "results in place of others": ([results], partial(results, accuracy=0.6)),
-}
-
-
-def check_records(folder: Path, good: dict[str, str]) -> None:
-    """No file lies beside the record of another; `good` is the SHA-256 of the file of each fingerprint."""
-    for known in folder.glob("*.*.json"):
-        path = known.with_suffix("")
-        if path.exists():
-            found = artefacts.record(path)
-            assert found["sha256"] == artefacts.file_digest(path) == good[artefacts.digest(found["fingerprint"])], path
-
-
-@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("situation", dying.SITUATIONS)
 def test_a_process_that_dies_at_any_file_operation_leaves_what_the_next_one_goes_on_from(
-    image_set, tmp_path, monkeypatch, situation
+    image_set, tmp_path, situation
 ):
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0)
-    before, act = SITUATIONS[situation]
-    data, start = image_set(), tmp_path / "start"
-    start.mkdir()
-    for earlier in before:
-        earlier(start, data)
-    shutil.copytree(start, tmp_path / "whole")
-    with dies_at(float("inf")) as operations:
-        wanted = act(tmp_path / "whole", data)
-    earlier_wanted = [earlier(tmp_path / "whole", data) for earlier in before]
-    recorded = [known.with_suffix("") for known in (tmp_path / "whole").glob("*.*.json")]
-    recorded = [path for path in recorded if path.exists()]
-    good = {artefacts.digest(artefacts.record(p)["fingerprint"]): artefacts.file_digest(p) for p in recorded}
-    assert operations.count > 5
-    for number in range(1, operations.count + 1):
-        folder = tmp_path / str(number)
-        shutil.copytree(start, folder)
-        with pytest.raises(Died), dies_at(number):
-            act(folder, data)
-        check_records(folder, good)
-        assert act(folder, data) == wanted, number
-        check_records(folder, good)
-        assert [earlier(folder, data) for earlier in before] == earlier_wanted, number
-        check_records(folder, good)
-        assert not list(folder.glob("[!.]*.partial*"))  # but for what dead processes left, and this one lives
-        shutil.rmtree(folder)
+    found = list(dying.crash_points(situation, tmp_path, image_set()))
+    assert len(found) > 5
+    assert {number: wrong for number, wrong in enumerate(found, 1) if wrong} == {}
 
 
 def test_what_was_there_before_is_not_trained_again_after_a_death(image_set, tmp_path, monkeypatch):
@@ -383,6 +307,28 @@ def test_hostile_files_are_refused_in_time_by_name_and_execute_nothing():
     assert found, done.stdout + done.stderr
     assert int(found[1]) > 30
     assert done.returncode == 0
+
+
+def test_what_is_killed_at_random_and_started_again_comes_out_as_if_it_had_not_been(tmp_path):
+    with kill.children() as victims:
+        for victim in victims:
+            assert kill.campaign(victim, 4, random.Random(0), tmp_path) == {"kills": 4, "survived": 4}
+
+
+def test_a_kill_that_changed_something_is_noticed(tmp_path):
+    for name, content in {"whole": "[1]", "killed": "[1, 2]"}.items():
+        store = RowStore(tmp_path / name / "05_x.json")
+        store.measure("a", json.loads(content), lambda seed: {"accuracy": 0.5}, made_from={})
+        (tmp_path / name / "student.pth").write_text(content)
+    (tmp_path / "killed" / "x.1a2b.partial").touch()
+    found, wanted = kill.outcome(tmp_path / "killed"), kill.outcome(tmp_path / "whole")
+    assert kill.differences(wanted, wanted) == []
+    assert sorted(kill.differences(found, wanted)) == [
+        "05_x.json is another",
+        "student.pth is another",
+        "x.1a2b.partial is left over",
+    ]
+    assert kill.differences({}, wanted) == ["05_x.json is missing", "student.pth is missing"]
 
 
 # --- absurd input ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from workshop import change_cell, start, tiny_book, tool
@@ -120,3 +121,13 @@ def test_a_damaged_record_is_skipped(swept, monkeypatch, capsys):
         assert "broken" not in known
         assert "broken/run.json is not a record of a run" in capsys.readouterr().err
     assert all(json.dumps(one) for one in known.values())
+
+
+def test_two_sweeps_at_once_make_each_run_once(swept):
+    tree, _ = swept
+    counting = "import os, pathlib\nran = pathlib.Path(os.environ['KDLIB_OUTPUTS']) / f'ran-{run}-{os.getpid()}'\n"
+    change_cell(tree / "book" / "01_tiny.ipynb", "body", counting + "ran.touch()\nassert temperature > 4, seed")
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: sweep(tree, "temperature=5"), range(2)))
+    assert [done.returncode for done in both] == [0, 0], both
+    assert len(list((tree / "outputs").glob("ran-*"))) == 1

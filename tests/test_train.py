@@ -317,6 +317,55 @@ def test_load_or_train_goes_on_as_well_and_leaves_no_checkpoint(image_set, toy_t
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["student.pth", "student.pth.json"]
 
 
+def with_dropout(classes, channels):
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64 * channels, classes))
+
+
+@pytest.mark.usefixtures("every_epoch")
+def test_dropout_follows_the_seed_resumes_bit_for_bit_and_leaves_the_global_random_state(image_set, tmp_path, steps):
+    data, path = image_set(), tmp_path / "run.partial"
+
+    def go(checkpoint=None, recipe=RECIPE):
+        model = build(with_dropout, 4, 1)
+        torch.manual_seed(len(steps))  # whatever the caller's state is
+        before = torch.get_rng_state()
+        try:
+            quiet_train(model, data, F.cross_entropy, recipe, checkpoint=checkpoint)
+        finally:
+            assert torch.equal(torch.get_rng_state(), before)
+        return weights(model)
+
+    wanted = go()
+    assert same(go(), wanted)
+    assert not same(go(recipe=replace(RECIPE, seed=1)), wanted)
+    steps.clear()
+    steps.last = 7  # in the middle of the third epoch
+    with pytest.raises(Interrupted):
+        go(path)
+    steps.last = math.inf
+    assert same(go(path), wanted)
+
+
+@pytest.mark.usefixtures("every_epoch")
+def test_a_checkpoint_of_another_device_goes_on_and_says_that_the_random_numbers_do_not(
+    image_set, tmp_path, steps, monkeypatch
+):
+    path = tmp_path / "run.partial"
+    go = functools.partial(quiet_train, data=image_set(), loss_fn=F.cross_entropy, recipe=RECIPE, checkpoint=path)
+    steps.last = 7
+    with monkeypatch.context() as patched:
+        save = torch.save
+        patched.setattr(torch, "save", lambda state, file: save(state | {"device": "cuda", "generators": [None]}, file))
+        with pytest.raises(Interrupted):
+            go(build("tiny_cnn", 4, 1))
+    steps.clear()
+    with pytest.warns(
+        UserWarning, match=r"run\.partial was written on cuda, and training goes on on cpu: its random num"
+    ):
+        go(build("tiny_cnn", 4, 1))
+    assert len(steps) == 6  # the last two epochs
+
+
 def test_a_checkpoint_is_kept_at_most_once_a_minute(image_set, tmp_path, steps):
     steps.last = 7
     with pytest.raises(Interrupted):

@@ -34,7 +34,7 @@ from kdlib.records import artefacts
 from kdlib.records.documents import NUMBER, mismatch
 from kdlib.records.limits import read_json
 
-RECORD = "run.json"
+RECORD, LOG = "run.json", "run.log"
 FIELDS = {"profile": str, "chapters": [str], "parameters": dict, "outcome": str, "date": str, "seconds": NUMBER}
 FIELDS |= {"made_from": str, "results": {...: {...: NUMBER}}}  # of a record
 
@@ -149,11 +149,16 @@ def sweep(settings: Mapping[str, profiles.Profile], selected: list[Chapter], pro
     """
     code, done, waiting = made_from(selected), {}, []
     numbers = [chapter.number for chapter in selected]
+
+    def done_before(text: str, records: Mapping[str, dict]) -> dict | None:
+        """The record of that run, if there is one that need not be repeated."""
+        known = records.get(settings[text].folder.name, {})
+        fresh = (known.get("outcome"), known.get("made_from"), known.get("chapters")) == ("done", code, numbers)
+        return known if fresh else None
+
     before = recorded()
-    for text, one in settings.items():
-        known = before.get(one.folder.name, {})
-        fresh = known.get("outcome") == "done" and known.get("made_from") == code and known.get("chapters") == numbers
-        if fresh:
+    for text in settings:
+        if known := done_before(text, before):
             done[text] = known
         else:
             waiting.append(text)
@@ -166,7 +171,11 @@ def sweep(settings: Mapping[str, profiles.Profile], selected: list[Chapter], pro
         def go(text: str) -> dict:
             place = free.pop()
             try:
-                return _in_a_process(text, settings[text], numbers, profile, place if gpus else None)
+                with artefacts.lock(
+                    RUNS / settings[text].folder.name / LOG
+                ):  # another sweep may be making the same run
+                    made = done_before(text, recorded())
+                    return made or _in_a_process(text, settings[text], numbers, profile, place if gpus else None)
             finally:
                 free.append(place)
 
@@ -191,13 +200,13 @@ def _in_a_process(text: str, settings, numbers: list[str], profile: str, gpu: in
     environment.setdefault("OMP_NUM_THREADS", "1")  # the processors are shared by the runs
     command = [sys.executable, str(Path(__file__).with_name("book.py")), "run", "--profile", profile]
     command += ["--chapters", " ".join(numbers), "--params", text]
-    with open(folder / "run.log", "w", encoding="utf-8") as log:
+    with open(folder / LOG, "w", encoding="utf-8") as log:
         status = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
     known = recorded().get(settings.folder.name)
     if known and known["outcome"] != "done":
         return known
     if status or known is None:
-        lines = (folder / "run.log").read_text(encoding="utf-8").strip().splitlines() or ["nothing was printed"]
+        lines = (folder / LOG).read_text(encoding="utf-8").strip().splitlines() or ["nothing was printed"]
         return {"outcome": f"failed: {lines[-1]}", "seconds": time.perf_counter() - start, "results": {}}
     return known
 
@@ -274,9 +283,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def save(folder: Path, runs: Mapping[str, Mapping], grid: Sequence[Mapping[str, str]], folders: Sequence[Path]) -> None:
     """The table as Markdown, every run as a line of CSV, and a picture, in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
     header, rows = table_of(runs, grid)
-    (folder / "sweep.md").write_text(markdown(header, rows), encoding="utf-8")
+    with artefacts.atomic_write(folder / "sweep.md") as table:
+        table.write_text(markdown(header, rows), encoding="utf-8")
     measures = list(dict.fromkeys(name for known in runs.values() for name in known["results"]))
     lines = io.StringIO()
     writer = csv.writer(lines)
@@ -286,7 +295,8 @@ def save(folder: Path, runs: Mapping[str, Mapping], grid: Sequence[Mapping[str, 
         measured = [round(float(np.mean(own)), 6) if own else "" for own in reached]
         outcome = known["outcome"].partition("\n")[0]
         writer.writerow([*values.values(), *measured, outcome, f"{known['seconds']:.1f}", where.as_posix()])
-    (folder / "sweep.csv").write_text(lines.getvalue(), encoding="utf-8")
+    with artefacts.atomic_write(folder / "sweep.csv") as listed:
+        listed.write_text(lines.getvalue(), encoding="utf-8")
     picture(folder / "sweep.png", runs, grid)
 
 
@@ -319,5 +329,6 @@ def picture(path: Path, runs: Mapping[str, Mapping], grid: Sequence[Mapping[str,
         if others and curves:
             panel.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with artefacts.atomic_write(path) as partial:
+        figure.savefig(partial, dpi=150)
     plt.close(figure)

@@ -6,7 +6,8 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from kdlib import gpu
 from kdlib.data import Batch, ImageSet, Targets, draw_epoch, steps_per_epoch
 from kdlib.losses import at_least_float32
+from kdlib.records import identity
+from kdlib.records.checkpoint import Checkpoint
 from kdlib.records.identity import IdentityError, digest, identify
 from kdlib.train import History, Recipe, check_labels, progress_bar
 
@@ -25,6 +28,7 @@ def train_many(
     recipes: Sequence[Recipe],
     *,
     targets: Sequence[Callable[[Batch], Tensor] | None] | None = None,
+    checkpoint: Path | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> list[History]:
@@ -40,6 +44,7 @@ def train_many(
         loss_fns: one per model, each a mean over its images. Networks with the same loss share one call.
         recipes: one per model; they differ in seed, learning rate and weight decay only, without cutout and mixup.
         targets: one per model, None for those that learn from the labels alone; None if all do.
+        checkpoint: the unfinished program's file, as for :func:`kdlib.train`; delete it when the networks are saved.
         device: the networks stay there. On a GPU without bfloat16 they are trained in float32.
         progress: show a bar.
 
@@ -48,7 +53,9 @@ def train_many(
 
     Raises:
         FloatingPointError: weights were infinite or not a number after an epoch. It says whose.
-        ValueError: the lists do not fit each other, targets do not fit the data, or labels are missing.
+        IdentityError: with a checkpoint, if a loss or targets cannot be identified by their content.
+        ValueError: the lists do not fit each other, targets do not fit the data, labels are missing, or the checkpoint
+            is of another program.
     """
     targets = targets if targets is not None else [None] * len(models)
     _check(models, loss_fns, recipes, targets)
@@ -57,13 +64,16 @@ def train_many(
     data.resolve_views(recipe.views)
     seeds = list(dict.fromkeys(r.seed for r in recipes))
     seed_of = torch.tensor([seeds.index(r.seed) for r in recipes], device=device)
-    for loss_fn, one in zip(loss_fns, targets, strict=True):
+    objectives = list(zip(loss_fns, targets, strict=True))
+    for loss_fn, one in objectives:
         check_labels(data, loss_fn, one)
         if isinstance(one, Targets):
             one.check(data, recipe)
+    known = {number: _identity(x) for number, x in {id(x): x for pair in objectives for x in pair}.items()}
+    key = _key(models, data, objectives, recipes, known) if checkpoint else None
     groups = []  # (loss_fn, which models, [(their targets, which models have these)])
-    for members in _same(loss_fns, [target is None for target in targets]):
-        parts = [[members[k] for k in part] for part in _same([targets[k] for k in members])]
+    for members in _same([(known[id(x)], own is None) for x, own in objectives]):
+        parts = [[members[k] for k in part] for part in _same([known[id(targets[k])] for k in members])]
         shared = [targets[part[0]] for part in parts]
         shared = [target.to(device) if isinstance(target, Targets) else target for target in shared]
         members = [k for part in parts for k in part]
@@ -89,12 +99,14 @@ def train_many(
     rates, decays = per_model("learning_rate"), per_model("weight_decay")
     velocity = {name: torch.zeros_like(w) for name, w in weights.items()}
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    run = Checkpoint(checkpoint, key, generators, tensors=_Tensors(weights | buffers), velocity=_Tensors(velocity))
+    histories = [History(**own) for own in run.resume().get("networks", [{} for _ in models])]
+    done = len(histories[0].loss)
     per_epoch = steps_per_epoch(data, recipe.batch_size)
-    steps, step = recipe.epochs * per_epoch, 0
-    histories = [History() for _ in models]
-    start = time.perf_counter()
-    with progress_bar(recipe.epochs, progress) as bar:
-        for _ in range(recipe.epochs):
+    steps, step = recipe.epochs * per_epoch, done * per_epoch
+    start = time.perf_counter() - (histories[0].seconds[-1] if done else 0)
+    with run, progress_bar(recipe.epochs, progress, done) as bar:
+        for _ in range(done, recipe.epochs):
             drawn = [draw_epoch(data, recipe.batch_size, views=recipe.views, generator=g) for g in generators]
             indices, views = (torch.stack(x, dim=1) for x in zip(*drawn, strict=True))  # (steps, S, B) each
             totals = torch.zeros(len(groups), device=device, dtype=dtype)
@@ -134,6 +146,7 @@ def train_many(
                     f"their learning rates ({[recipes[k].learning_rate for k in diverged]}), or train without them"
                 )
             bar.update()
+            run.save({"networks": [asdict(history) for history in histories]})
     for k, model in enumerate(models):
         with torch.no_grad():
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -142,19 +155,46 @@ def train_many(
     return histories
 
 
-def _same(*lists: Sequence) -> list[list[int]]:
-    """The places at which the lists hold the same, together: functions and targets the same by content."""
+class _Tensors(dict):
+    """Tensors by name, as a part of a checkpoint."""
 
-    def key(thing: object) -> object:
-        try:
-            return digest(thing.identity if isinstance(thing, Targets) else identify(thing))
-        except IdentityError:
-            return id(thing)
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in self.items()}
 
-    keys = {id(thing): key(thing) for thing in {id(thing): thing for own in lists for thing in own}.values()}
-    groups: dict[tuple, list[int]] = {}
-    for number, things in enumerate(zip(*lists, strict=True)):
-        groups.setdefault(tuple(keys[id(thing)] for thing in things), []).append(number)
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self.items():
+            tensor.copy_(state[name])
+
+
+def _content(thing: object) -> str:
+    """The digest of what a loss or targets are by content; IdentityError if it cannot be known."""
+    return digest(thing.identity if isinstance(thing, Targets) else identify(thing))
+
+
+def _identity(thing: object) -> str | int:
+    """The same, and of what cannot be known so, its number."""
+    try:
+        return _content(thing)
+    except IdentityError:
+        return id(thing)
+
+
+def _key(models: Sequence, data: ImageSet, objectives: Sequence[tuple], recipes: Sequence[Recipe], known: dict) -> str:
+    """What the program is: what the networks' fingerprints hold, each part of which is identified once."""
+    for thing in (thing for pair in objectives for thing in pair):
+        if isinstance(known[id(thing)], int):
+            _content(thing)  # raises, and says why
+    objectives = [(known[id(loss_fn)], known[id(own)]) for loss_fn, own in objectives]
+    weights = [identity.weights(model) for model in models]
+    return digest([identity.network(models[0]), data.identity, weights, objectives, list(map(asdict, recipes))])
+
+
+def _same(things: Sequence) -> list[list[int]]:
+    """The places at which a list holds the same."""
+    groups: dict[object, list[int]] = {}
+    for number, thing in enumerate(things):
+        groups.setdefault(thing, []).append(number)
     return list(groups.values())
 
 

@@ -67,12 +67,12 @@ class RowStore:
             ValueError: a measure is neither a finite number nor truth values.
         """
         wanted = {(case, seed): made_from for seed in seeds}
-        return list(self.measure_all(wanted, lambda jobs: [run(seed) for _, seed in jobs]).values())
+        return list(self.measure_all(wanted, lambda jobs, _: [run(seed) for _, seed in jobs]).values())
 
     def measure_all(
         self,
         wanted: Mapping[Job, Mapping],
-        run: Callable[[list[Job]], Sequence[Mapping]],
+        run: Callable[[list[Job], Path], Sequence[Mapping]],
         *,
         group: Callable[[list[Job]], list[list[Job]]] | None = None,
     ) -> dict[Job, dict]:
@@ -80,7 +80,8 @@ class RowStore:
 
         Args:
             wanted: ``(case, seed) -> made_from``.
-            run: ``[(case, seed), ...] -> [{measure: value}, ...]``, in the same order.
+            run: ``[(case, seed), ...], partial -> [{measure: value}, ...]``, in the same order. `partial` is where it
+                may keep what is unfinished: an interrupted run finds it there, and it is deleted with the rows saved.
             group: splits the jobs that are missing into those that one call of `run` measures; by default one per call.
         """
         fingerprints = {job: artefacts.digest(made_from) for job, made_from in wanted.items()}
@@ -89,11 +90,13 @@ class RowStore:
             if restored := self._in_backups({j: f for j, f in fingerprints.items() if self._find(j, f) is None}):
                 self._save(restored)
             missing = [job for job, fingerprint in fingerprints.items() if self._find(job, fingerprint) is None]
+            self._remove_partial()
             for jobs in group(missing) if group else [[job] for job in missing]:
                 start = time.perf_counter()
-                measured = run(jobs)
+                measured = run(jobs, self._partial([(*job, fingerprints[job]) for job in jobs]))
                 seconds = (time.perf_counter() - start) / len(jobs)
                 self._save([_row(j, fingerprints[j], seconds, m) for j, m in zip(jobs, measured, strict=True)])
+                self._remove_partial()
         rows = {job: self._find(job, fingerprint) for job, fingerprint in fingerprints.items()}
         self.rows += [row for row in rows.values() if row not in self.rows]
         return rows
@@ -142,6 +145,18 @@ class RowStore:
                 rows = load(backup)["rows"]
                 found |= {_job(r): r for r in rows if r.get("fingerprint", 0) == wanted.get(_job(r))}
         return list(found.values())
+
+    def _partial(self, jobs: Sequence[tuple[str, int, str]]) -> Path:
+        """The name of an unfinished measurement of these (case, seed, fingerprint): of the first, and of all."""
+        return self.path.with_name(f"{self.path.stem}.{artefacts.digest(jobs[0])}-{artefacts.digest(jobs)}.partial")
+
+    def _remove_partial(self) -> None:
+        """Delete what is left of measurements whose first job is in the file: they are finished."""
+        if left := list(self.path.parent.glob(f"{glob.escape(self.path.stem)}.*.partial*")):
+            finished = {artefacts.digest((*_job(row), row.get("fingerprint"))) for row in self._saved}
+            for path in left:
+                if path.name.removeprefix(f"{self.path.stem}.").partition("-")[0] in finished:
+                    artefacts.remove(path)
 
     def _save(self, rows: list[dict]) -> None:
         replaced = set(map(_job, rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from kdlib.published import Network
 from kdlib.soft_labels import LiveTeacher
 from kdlib.train import Recipe, fingerprint, train
 
-AT_ONCE = 32  # networks in one program: more are no faster, and none is saved before all of them are trained
+AT_ONCE = 32  # networks in one program: more are no faster, and none is measured before all of them are trained
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def train_setups(
     batched: bool = False,
 ) -> dict[str, list[dict]]:
     """Train a student for each setup and seed, and measure it: one row each, those in the store excepted.
+
+    A training that was interrupted goes on from its checkpoint, which lies beside the store until the rows are saved.
 
     Args:
         setups: ``case -> setup``.
@@ -69,8 +72,8 @@ def train_setups(
             more = {"agreement with": agreed[seed]} if teachers else {}
             wanted[case, seed] = _made_from(setup, seed, known) | measured | more
 
-    def run(jobs: list[Job]) -> list[dict]:
-        models = _train([setups[case] for case, _ in jobs], [seed for _, seed in jobs])
+    def run(jobs: list[Job], partial: Path) -> list[dict]:
+        models = _train([setups[case] for case, _ in jobs], [seed for _, seed in jobs], partial)
         return [
             _measures(model, measured_on, teachers[seed].logits if teachers else None)
             for model, (_, seed) in zip(models, jobs, strict=True)
@@ -108,23 +111,24 @@ def _programs(setups: Mapping[str, TrainingSetup], jobs: list[Job]) -> list[list
     return [group[k : k + AT_ONCE] for group in groups.values() for k in range(0, len(group), AT_ONCE)]
 
 
-def _train(setups: Sequence[TrainingSetup], seeds: Sequence[int]) -> list[nn.Module | None]:
-    """A trained network for each setup and seed; None for one that diverged."""
+def _train(setups: Sequence[TrainingSetup], seeds: Sequence[int], partial: Path) -> list[nn.Module | None]:
+    """A trained network for each setup and seed; None for one that diverged. `partial` is their checkpoint."""
     data = setups[0].data
     models = [build(x.network, data.classes, data.channels, seed=s) for x, s in zip(setups, seeds, strict=True)]
     targets = [_targets(x, s) for x, s in zip(setups, seeds, strict=True)]
     recipes = [replace(x.recipe, seed=s) for x, s in zip(setups, seeds, strict=True)]
     try:
         if len(models) > 1:
-            train_many(models, data, [x.loss_fn for x in setups], recipes, targets=targets)
+            train_many(models, data, [x.loss_fn for x in setups], recipes, targets=targets, checkpoint=partial)
         else:
-            train(models[0], data, setups[0].loss_fn, recipes[0], targets=targets[0])
+            train(models[0], data, setups[0].loss_fn, recipes[0], targets=targets[0], checkpoint=partial)
     except FloatingPointError as error:
         if len(models) == 1:
             print(f"{network_name(setups[0].network)}, seed {seeds[0]}: {error}")
             return [None]
         half = len(models) // 2  # which of them diverged?
-        return _train(setups[:half], seeds[:half]) + _train(setups[half:], seeds[half:])
+        first, second = (partial.with_suffix(f".{k}.partial") for k in (1, 2))
+        return _train(setups[:half], seeds[:half], first) + _train(setups[half:], seeds[half:], second)
     return list(models)
 
 

@@ -44,6 +44,7 @@ from kdlib.records.files import (  # noqa: F401  what others ask this module for
 )
 from kdlib.records.identity import digest
 from kdlib.records.limits import check_named, check_npy, load_tensors
+from kdlib.records.unfinished import finish_saving
 
 
 def short_reason(error: Exception) -> str:
@@ -74,6 +75,7 @@ def find(folder: Path, name: str, fingerprint: dict) -> Path | None:
     is what is wanted now gets its name back.
     """
     path, base = folder / name, base_folder(folder) / name
+    finish_saving(path, record_path(path))
     _finish_renaming(path)
     _make_room(path, fingerprint)
     backup = _backup(path, as_read(fingerprint))
@@ -105,10 +107,7 @@ def record_path(path: Path) -> Path:
 
 
 def record(path: Path) -> dict:
-    """The record of a file: its fingerprint, SHA-256, provenance and, of a trained network, history.
-
-    {} without one, or if it is damaged.
-    """
+    """The record of a file: fingerprint, SHA-256, provenance, of a network its history; {} if absent or damaged."""
     try:
         return read_record(record_path(path))
     except (OSError, ValueError):

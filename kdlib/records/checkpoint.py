@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,21 +26,27 @@ class Checkpoint:
     """One unfinished run's file; the one before it is kept too, as ``<name>.previous``. Rank 0 writes, all read.
 
     As a context manager it catches Ctrl-C and SIGTERM: the epoch is finished and saved, and then the signal takes its
-    course. The second time it does so at once.
+    course. The second time it does so at once. Meanwhile the global random numbers, which dropout draws from, are the
+    run's own too: seeded as the first generator is, or as they were in the file. The caller's come back afterwards.
 
     Args:
         path: the file; None: nothing is kept, and signals are as they were.
         key: what the run is; a file of another run is refused.
-        generator: of the run's random numbers.
+        generators: of the run's random numbers, at least one; their device is the run's.
         parts: by name, what has a state: model, optimizer, scaler.
     """
 
-    def __init__(self, path: Path | None, key: str | None, generator: torch.Generator, **parts):
-        self.path, self.key, self.generator, self.parts = path, key, generator, parts
+    def __init__(self, path: Path | None, key: str | None, generators: Sequence[torch.Generator], **parts):
+        self.path, self.key, self.generators, self.parts = path, key, generators, parts
+        self.device = generators[0].device
         self.saved_at, self.cost = time.perf_counter(), 0.0  # seconds that the last one took
         self.received, self.handlers = None, {}
+        self.random = _seeded(generators[0])  # the states of the global generators, by kind of device
+        self.callers: dict[str, torch.Tensor] = {}
 
     def __enter__(self) -> Checkpoint:
+        self.callers = _random_states(self.device)
+        _set_random_states(self.random, self.device)
         if self.path is not None and threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -49,6 +56,7 @@ class Checkpoint:
     def __exit__(self, *_) -> None:
         while self.handlers:
             signal.signal(*self.handlers.popitem())
+        _set_random_states(self.callers, self.device)
 
     def _receive(self, number: int, _) -> None:
         if self.received is not None:
@@ -61,24 +69,33 @@ class Checkpoint:
         self.__exit__()
         signal.raise_signal(number)
 
-    def resume(self) -> dict[str, list[float]]:
-        """The run's history so far, with the parts and the generator as they were then; {} without a file.
+    def resume(self) -> dict:
+        """The run's history so far, with the parts and the random numbers as they were then; {} without a file.
+
+        Random numbers of one kind of device do not go on on another: a warning says so, and they start afresh.
 
         Raises:
-            ValueError: the file is damaged, and so is the one before it; or it is of another run or device.
+            ValueError: the file is damaged, and so is the one before it; or it is of another run.
         """
         refused: list[Exception] = []
         for file in (self.path, previous(self.path)) if self.path is not None else ():
             if not ranks.broadcast(file.exists()):
                 continue
             try:
-                history = self._load(file)
+                state = self._load(file)
             except Exception as error:
                 refused.append(error)
                 continue
             if refused:
                 print(f"{self.path} is damaged ({artefacts.short_reason(refused[0])}): going on from the one before it")
-            return history
+            if state["device"] != (device := self.device.type):
+                warnings.warn(
+                    f"{file} was written on {state['device']}, and training goes on on {device}: its random numbers "
+                    "start afresh there, so the result is not that of a run without interruption; delete the file to "
+                    "train from the beginning",
+                    stacklevel=3,
+                )
+            return state["history"]
         if refused:
             raise ValueError(
                 f"{self.path} is not a checkpoint of this run ({artefacts.short_reason(refused[0])}): move it away to "
@@ -86,31 +103,33 @@ class Checkpoint:
             ) from refused[0]
         return {}
 
-    def _load(self, file: Path) -> dict[str, list[float]]:
+    def _load(self, file: Path) -> dict:
         content, seal, sha256 = file.read_bytes().rpartition(_SEAL)
         if not seal or hashlib.sha256(content).hexdigest().encode() != sha256:
             raise ValueError("it is damaged, or of an older version of kdlib")
-        state = torch.load(io.BytesIO(content), weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if state["key"] != self.key:
             raise ValueError(
                 "it is of a run with another network, other first weights, other data, another objective or recipe"
             )
-        if state["device"] != self.generator.device.type:
-            raise ValueError(
-                f"it was written on {state['device']}, this run is on {self.generator.device.type}, where the random "
-                "numbers would not go on"
-            )
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.generator.set_state(state["generator"].cpu())
-        return state["history"]
+            if isinstance(part, torch.optim.Optimizer):  # its settings are this device's, and the recipe's
+                state[name]["param_groups"] = part.state_dict()["param_groups"]
+            if state[name]:  # of a scaler that was not needed there is none
+                part.load_state_dict(state[name])
+        if state["device"] == self.device.type:
+            saved = state.get("generators") or [state["generator"]]  # as older versions have it
+            for generator, own in zip(self.generators, saved, strict=True):
+                generator.set_state(own)
+        self.random |= {kind: saved for kind, saved in state.get("random", {}).items() if kind in self.random}
+        return state
 
-    def save(self, history: dict[str, list[float]]) -> None:
+    def save(self, history: dict) -> None:
         """Write all of it, if the last time is long enough ago; and if a signal came, let it take its course.
 
         If it cannot be written, a warning says so, and training goes on.
         """
-        wait = CHECKPOINT_SECONDS * max(1.0, 5 * self.cost)  # where writing is slow, it takes a 300th of the time
+        wait = pause_after(self.cost)
         start = time.perf_counter()
         self.received = ranks.broadcast(self.received)  # a signal reaches ranks in different epochs; rank 0's counts
         due = self.received is not None or start - self.saved_at >= wait
@@ -125,9 +144,10 @@ class Checkpoint:
             ranks.barrier()  # rank 0 has written it
             self._obey(self.received)
 
-    def _write(self, history: dict[str, list[float]]) -> None:
+    def _write(self, history: dict) -> None:
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"key": self.key, "generator": self.generator.get_state(), "device": self.generator.device.type}
+        state |= {"key": self.key, "device": self.device.type, "random": _random_states(self.device)}
+        state["generators"] = [generator.get_state() for generator in self.generators]
         content = io.BytesIO()
         torch.save(state | {"history": history}, content)
         with files.temporary(self.path) as partial:
@@ -138,6 +158,35 @@ class Checkpoint:
             if self.path.exists():
                 files.replace(self.path, previous(self.path))
             files.replace(partial, self.path)
+
+
+def _seeded(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The states that global generators have once they are seeded as `generator` was: the CPU's and its device's."""
+    devices, seed = {"cpu": "cpu", generator.device.type: generator.device}, generator.initial_seed()
+    return {kind: torch.Generator(device).manual_seed(seed).get_state() for kind, device in devices.items()}
+
+
+def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of the global generators now: the CPU's, and that of `device`."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state(*_named(device))
+    return states
+
+
+def _set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[device.type], *_named(device))
+
+
+def _named(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # there is one only, and its functions take none
+
+
+def pause_after(cost: float) -> float:
+    """The seconds to the next checkpoint if one takes `cost` seconds: where that is slow, a 300th of the time."""
+    return CHECKPOINT_SECONDS * max(1.0, 5 * cost)
 
 
 def previous(path: Path) -> Path:

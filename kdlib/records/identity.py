@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from kdlib.records.source import (
     BIND,
     IdentityError,
+    as_text,
     global_names,
     is_own,
     library_name,
@@ -231,10 +232,7 @@ def _function_parts(function: types.FunctionType, seen: dict) -> dict:
         raise IdentityError(f"{name} was made by a function and cannot be identified: {BIND}")
     if set(code.co_freevars) - {"__class__"}:
         raise IdentityError(f"{name} closes over {', '.join(code.co_freevars)}, which may change: {BIND}")
-    tree = syntax_tree(inner, name)
-    if wrappers > len(tree.decorator_list):
-        raise IdentityError(f"{name} was wrapped in something that its source does not show: use it as a decorator")
-    tree.decorator_list = tree.decorator_list if wrappers else []
+    tree = syntax_tree(inner, name, wrappers)
     names = global_names(code)
     names |= {node.id for part in tree.decorator_list for node in ast.walk(part) if isinstance(node, ast.Name)}
     uses = {}
@@ -250,7 +248,7 @@ def _function_parts(function: types.FunctionType, seen: dict) -> dict:
             raise IdentityError(f"{name} uses {used}: {error}") from None
     own = {key: value for key, value in vars(inner).items() if not key.startswith("__")}
     values = [_identify(value, seen) for value in (inner.__defaults__, inner.__kwdefaults__, own)]
-    return {"code": ast.unparse(tree), "values": values, "uses": dict(sorted(uses.items()))}
+    return {"code": as_text(tree), "values": values, "uses": dict(sorted(uses.items()))}
 
 
 def _is_state(value: object, path: list[str]) -> bool:

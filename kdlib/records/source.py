@@ -72,8 +72,12 @@ def made_in(function: object) -> str | None:
     return getattr(getattr(function, "__func__", function), "__globals__", {}).get("__name__")
 
 
-def syntax_tree(function: types.FunctionType, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef:
-    """The syntax tree of a function without its name, annotations and docstrings."""
+def syntax_tree(function: types.FunctionType, name: str, wrappers: int) -> ast.FunctionDef | ast.AsyncFunctionDef:
+    """The syntax tree of a function without its name, annotations and docstrings; it is not to be changed.
+
+    Args:
+        wrappers: how many decorators are known to wrap it; if there are none, the tree has no decorators.
+    """
     code = function.__code__
     linecache.checkcache(code.co_filename)
     source = "".join(linecache.getlines(code.co_filename, function.__globals__))
@@ -83,13 +87,18 @@ def syntax_tree(function: types.FunctionType, name: str) -> ast.FunctionDef | as
     trees, compiled = _parsed(source, flags)
     if place not in trees or code not in compiled:  # the file says something else than what was imported
         raise IdentityError(f"the source of {name} has changed since it was imported: restart Python")
-    return copy.copy(_bare(source, flags, place, name))  # the caller may change its decorators
+    return _bare(source, flags, place, name, wrappers)
 
 
 @functools.lru_cache(maxsize=256)
-def _bare(source: str, flags: int, place: tuple[str, int], name: str) -> ast.FunctionDef | ast.AsyncFunctionDef:
+def _bare(
+    source: str, flags: int, place: tuple[str, int], name: str, wrappers: int
+) -> ast.FunctionDef | ast.AsyncFunctionDef:
     """The tree of the function at `place`, stripped; once, since the lab asks for the same ones hundreds of times."""
     tree = copy.deepcopy(_parsed(source, flags)[0][place])
+    if wrappers > len(tree.decorator_list):
+        raise IdentityError(f"{name} was wrapped in something that its source does not show: use it as a decorator")
+    tree.decorator_list = tree.decorator_list if wrappers else []
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             documented = ast.get_docstring(node, clean=False) is not None
@@ -128,14 +137,19 @@ def _all_code(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _all_code(part)
 
 
-def global_names(code: types.CodeType) -> set[str]:
+as_text = functools.lru_cache(maxsize=256)(ast.unparse)  # of what `syntax_tree` returns
+
+
+@functools.lru_cache(maxsize=256)
+def global_names(code: types.CodeType) -> frozenset[str]:
     """The names that a function, and functions in it, read from their module."""
     parts = [code, *_all_code(code)]
     instructions = (i for part in parts for i in dis.get_instructions(part))
-    return {i.argval for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return frozenset(i.argval for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
 
 
-def paths(tree: ast.AST, names: set[str]) -> list[tuple[str, list[str]]]:
+@functools.lru_cache(maxsize=256)
+def paths(tree: ast.AST, names: frozenset[str]) -> list[tuple[str, list[str]]]:
     """Where those names are used, each with the attributes that follow it: ``F.relu`` is ("F", ["relu"])."""
     found, inside = [], set()
     for node in ast.walk(tree):  # an attribute comes before what it is taken from
