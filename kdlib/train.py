@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kdlib import gpu
-from kdlib.checks.fits import check_fits
+from kdlib.checks.fits import check_fits, check_labels
 from kdlib.data import Batch, ImageSet, Targets, batches, cutout, mixup, steps_per_epoch
 from kdlib.evaluate import predict_logits
 from kdlib.gpu import ranks
@@ -58,14 +58,13 @@ class Recipe:
             raise ValueError(f"views is {self.views!r}: expected a whole number of at least 1, or None for all views")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed!r}: expected a whole number from 0 to 4,294,967,295")
-        if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
-            raise ValueError(f"learning_rate is {self.learning_rate!r}: expected a number above 0")
-        for name, below in {"momentum": 1, "warmup": 1}.items():
-            if not 0 <= getattr(self, name) < below:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected a number from 0 to below {below}")
-        for name in ("weight_decay", "mixup"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected a number of at least 0")
+        share = "from 0 to below 1"
+        numbers = {"learning_rate": "above 0", "momentum": share, "warmup": share}
+        for name, expected in (numbers | dict.fromkeys(("weight_decay", "mixup"), "of at least 0")).items():
+            value = getattr(self, name)
+            finite = isinstance(value, (int, float)) and math.isfinite(value)
+            if not finite or value < 0 or (expected == share and value >= 1) or (expected == "above 0" and not value):
+                raise ValueError(f"{name} is {value!r}: expected a number {expected}")
 
     def learning_rate_at(self, progress: float) -> float:
         """The learning rate after that share (0 to 1) of the steps: a linear warm-up, then half a cosine to zero."""
@@ -264,16 +263,6 @@ def progress_bar(total: int, progress: bool, initial: int = 0, unit: str = "epoc
     """tqdm's bar, of rank 0; silent if `progress` is False, and with ``TQDM_DISABLE=1`` in the environment."""
     silent = {} if progress and not ranks.rank() else {"disable": True}  # False would overrule the environment
     return tqdm(total=total, initial=initial, unit=unit, leave=False, **silent)
-
-
-def check_labels(data: ImageSet, loss_fn: Callable, targets: Callable | None) -> None:
-    """ValueError if the objective asks for labels that images do not have, as far as its keywords show."""
-    unlabelled = int((data.labels < 0).sum())
-    if unlabelled and (targets is None or getattr(loss_fn, "keywords", {}).get("alpha")):
-        raise ValueError(
-            f"{unlabelled:,} of {len(data):,} images of {data.name} have no label (-1): expected a label for each, or "
-            "targets of a teacher and alpha=0, which needs none"
-        )
 
 
 def _identify_objective(loss_fn: Callable, targets: Callable | None) -> object:

@@ -103,7 +103,8 @@ def program(folder, data):
 
 def results(folder, _, accuracy=0.5):
     path = folder / "results.json"
-    run = {"role": "student", "network": "mine", "parameters": 9, "size_mb": 0.5, "seeds": [0], "accuracy": [accuracy]}
+    run = {"role": "student", "network": "mine", "parameters": 9, "size_mb": 0.5, "seeds": [0]}
+    run |= {"accuracy": [accuracy], "latency_ms": {}}
     evaluate.save_results(path, "quick", "digits", [run])
     return evaluate.load_results(path)["runs"]
 

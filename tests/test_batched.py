@@ -88,11 +88,26 @@ def test_the_loss_is_called_as_train_calls_it(image_set):
     recipes = [replace(RECIPE, epochs=1, seed=seed) for seed in (0, 1, 2)]
     targets = [None, labels_as_logits, labels_as_logits]
     quiet_train_many(models, data, [without, with_targets, with_targets], recipes, targets=targets)
+    own = [seen.pop(2), seen.pop(2)]  # in the first step, each network's own loss is looked at as well
+    assert [(kind, tuple(shape)) for kind, shape, _ in own] == [("with", (16, 4))] * 2
     assert [kind for kind, *_ in seen] == ["without", "with"] * 3
     assert {(kind, tuple(shape), len(labels)) for kind, shape, labels in seen} == {
         ("without", (16, 4), 16),
         ("with", (32, 4), 32),  # two networks, a batch each
     }
+
+
+def between_images(student_logits, labels):
+    """A loss that compares each image with the batch's mean."""
+    return F.cross_entropy(student_logits - student_logits.mean(0), labels)
+
+
+def test_a_loss_that_is_no_mean_over_images_is_refused(image_set):
+    data, recipes = image_set(), [replace(RECIPE, seed=seed) for seed in (0, 1)]
+    models = [build("perceptron", 4, 1, seed=seed) for seed in (0, 1)]
+    with pytest.raises(ValueError, match=r"the loss of 2 networks together is .* if the loss compares the images"):
+        quiet_train_many(models, data, [between_images] * 2, recipes)
+    quiet_train_many(models[:1], data, [between_images], recipes[:1])
 
 
 def test_without_bfloat16_it_trains_in_float32(image_set, monkeypatch):

@@ -14,6 +14,7 @@ from torch import nn
 import kdlib
 from kdlib.checks.objective import look_at_loss
 from kdlib.data import Data
+from kdlib.scale import compress
 
 T, ALPHA = 4.0, 0.1
 
@@ -149,6 +150,9 @@ def test_what_fits_together_looks_right(parts, capsys):
     logits = torch.from_numpy(kdlib.generate(parts["teacher"], parts["data"].train, 9, progress=False))
     stored = kdlib.SoftLabels(logits, parts["data"].train.identity)
     assert odd(parts, capsys, targets=stored) == []
+    assert odd(parts, capsys, targets=compress(stored, 2)) == []
+    (other,) = odd(parts, capsys, targets=compress(replace(stored, data="toy/other 0"), 2))
+    assert "the soft labels are of toy/other 0" in other
 
 
 def test_a_teacher_without_targets_is_a_live_one(parts, capsys):

@@ -1,7 +1,8 @@
-"""Whether a network takes the images of a data set, and has as many outputs as it has classes."""
+"""Whether a network takes the images of a data set and returns one logit per class, and an objective has its labels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -34,4 +35,14 @@ def check_fits(model: nn.Module, images: ImageSet) -> None:
         raise ValueError(
             f"the network {type(model).__name__} returns {what} for {takes}, expected a tensor (1, {images.classes}): "
             f"one logit for each of {', '.join(images.class_names[:6])}{', …' * (images.classes > 6)}"
+        )
+
+
+def check_labels(data: ImageSet, loss_fn: Callable, targets: Callable | None) -> None:
+    """ValueError if the objective asks for labels that images do not have, as far as its keywords show."""
+    unlabelled = int((data.labels < 0).sum())
+    if unlabelled and (targets is None or getattr(loss_fn, "keywords", {}).get("alpha")):
+        raise ValueError(
+            f"{unlabelled:,} of {len(data):,} images of {data.name} have no label (-1): expected a label for each, or "
+            "targets of a teacher and alpha=0, which needs none"
         )

@@ -201,17 +201,18 @@ def _of_targets(targets: Callable, images: ImageSet, recipe: Recipe | None) -> l
     found = []
     recipe = recipe or Recipe(epochs=1, batch_size=1, learning_rate=1.0, views=getattr(targets, "views", None))
     try:
-        if isinstance(targets, SoftLabels):
+        if isinstance(targets, Targets) and not isinstance(targets, LiveTeacher):
             targets.check(images, recipe)
+            if recipe.cutout or recipe.mixup:
+                text = "soft labels hold plain views, and the recipe has cutout or mixup: use a LiveTeacher"
+                found.append(Finding("targets", text, True))
+        if isinstance(targets, SoftLabels):
             for view, logits in enumerate(targets.logits):
                 check_finite(logits, images, view)
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 check_logits(targets.logits[0].float(), images)
             found += [Finding("targets", str(warning.message), True) for warning in said]
-            if recipe.cutout or recipe.mixup:
-                text = "soft labels hold plain views, and the recipe has cutout or mixup: use a LiveTeacher"
-                found.append(Finding("targets", text, True))
         elif not isinstance(targets, Targets):
             found.append(Finding("targets", "a function of your own: nothing tells whether it fits the images", False))
     except ValueError as error:
@@ -239,6 +240,8 @@ def _of_first_steps(
         targets = SoftLabels(targets.logits[:, :size], few.identity)
     elif isinstance(targets, LiveTeacher):  # training puts its model into eval mode, and moves it
         targets = LiveTeacher(copy.deepcopy(targets.model))
+    elif isinstance(targets, Targets):  # a lookup of other images than these few; their numbers are the same
+        targets = targets.to(device).__call__
     trial = replace(recipe, epochs=STEPS, batch_size=size, mixup=0.0, cutout=0)
     loss_fn, losses = loss_fn or F.cross_entropy, []
     try:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from kdlib import gpu
+from kdlib.checks.fits import check_labels
 from kdlib.data import Batch, ImageSet, Targets, draw_epoch, steps_per_epoch
 from kdlib.losses import at_least_float32
 from kdlib.records import identity
 from kdlib.records.checkpoint import Checkpoint
 from kdlib.records.identity import IdentityError, digest, identify
-from kdlib.train import History, Recipe, check_labels, progress_bar
+from kdlib.train import History, Recipe, progress_bar
 
 
 def train_many(
@@ -118,11 +119,12 @@ def train_many(
                 total = torch.zeros((), device=device, dtype=dtype)
                 for number, (loss_fn, members, parts) in enumerate(groups):
                     student_logits, labels = logits[members].flatten(0, 1), data.labels[indices[now][seed_of[members]]]
-                    if parts[0][0] is None:
-                        loss = loss_fn(student_logits, labels.flatten())
-                    else:
-                        teacher_logits = torch.cat([shared(batch_of(part, images, now)) for shared, part in parts])
-                        loss = loss_fn(student_logits, teacher_logits, labels.flatten())
+                    given = [student_logits, labels.flatten()]
+                    if parts[0][0] is not None:
+                        given.insert(1, torch.cat([shared(batch_of(part, images, now)) for shared, part in parts]))
+                    loss = loss_fn(*given)
+                    if len(members) > 1 and not now and not histories[0].loss:
+                        _check_mean(loss_fn, loss, given, len(members))
                     total = total + loss * len(members)  # a mean over their images: each network gets its own gradient
                     totals[number] += loss.detach()
                 gradients = torch.autograd.grad(total, list(weights.values()))
@@ -188,6 +190,18 @@ def _key(models: Sequence, data: ImageSet, objectives: Sequence[tuple], recipes:
     objectives = [(known[id(loss_fn)], known[id(own)]) for loss_fn, own in objectives]
     weights = [identity.weights(model) for model in models]
     return digest([identity.network(models[0]), data.identity, weights, objectives, list(map(asdict, recipes))])
+
+
+def _check_mean(loss_fn: Callable, loss: Tensor, given: Sequence[Tensor], members: int) -> None:
+    """ValueError if the loss of all networks' images together is not the mean of the networks' own losses."""
+    with torch.no_grad():
+        own = torch.stack([loss_fn(*part) for part in zip(*(rows.chunk(members) for rows in given), strict=True)])
+    if not torch.isclose(own.mean(), loss.detach(), rtol=1e-3, atol=1e-6, equal_nan=True):
+        raise ValueError(
+            f"the loss of {members} networks together is {loss.item():.6g}, the mean of their own losses "
+            f"{own.mean().item():.6g}: expected a mean over images; train with kdlib.train, one at a time, if the loss "
+            "compares the images of a batch"
+        )
 
 
 def _same(things: Sequence) -> list[list[int]]:

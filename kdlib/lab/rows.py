@@ -257,8 +257,8 @@ def _truth_values(experiment: Mapping, measure: str, case: str, seeds: Sequence[
     if any(measure not in rows[seed].get("by image", {}) for seed in seeds):
         return None
     packed = [rows[seed]["by image"][measure] for seed in seeds]
-    bits = [np.unpackbits(np.frombuffer(base64.b64decode(p["bits"]), np.uint8), count=p["images"]) for p in packed]
-    return np.stack(bits).astype(np.float64)
+    bits = [np.unpackbits(np.frombuffer(base64.b64decode(p["bits"]), np.uint8)) for p in packed]
+    return np.stack([one[: p["images"]] for one, p in zip(bits, packed, strict=True)]).astype(np.float64)
 
 
 def cost(experiment: Mapping) -> float:

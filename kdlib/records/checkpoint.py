@@ -16,6 +16,7 @@ import torch
 
 from kdlib.gpu import ranks
 from kdlib.records import artefacts, files
+from kdlib.records.limits import load_tensors
 
 CHECKPOINT_SECONDS = 60  # at least so long between two checkpoints of a long run
 _SEAL = b"\nkdlib sha256 "  # what stands before the SHA-256, in hexadecimal digits, at the end of the file
@@ -104,10 +105,11 @@ class Checkpoint:
         return {}
 
     def _load(self, file: Path) -> dict:
-        content, seal, sha256 = file.read_bytes().rpartition(_SEAL)
+        with files.open_plain(file) as opened:
+            content, seal, sha256 = opened.read().rpartition(_SEAL)
         if not seal or hashlib.sha256(content).hexdigest().encode() != sha256:
             raise ValueError("it is damaged, or of an older version of kdlib")
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = load_tensors(io.BytesIO(content))
         if state["key"] != self.key:
             raise ValueError(
                 "it is of a run with another network, other first weights, other data, another objective or recipe"
