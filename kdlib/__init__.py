@@ -9,7 +9,8 @@ train        one loop for everybody
 
 sources/ reads files and folders of images and splits them; records/ saves what was computed and uses it again only if
 it is what is wanted; gpu/ makes it fast, and changes no result beyond rounding; checks/ looks for mistakes before
-a long training; lab/ is part two's bench, which nothing here needs.
+a long training; lab/ is part two's bench, deploy/ makes ONNX files, and scale/ leaves one machine's memory: nothing
+here needs these three.
 """
 
 from kdlib.checks.preflight import preflight
