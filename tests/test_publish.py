@@ -518,6 +518,15 @@ def test_without_rows_the_page_of_verdicts_says_so(pages):
     assert "No chapter is published at profile laptop or full yet, so there are no verdicts." in written(pages)
 
 
+def test_rows_without_a_claim_are_not_on_the_page(pages):
+    publishing = tool(pages, "publish")
+    before = written(pages)
+    publishing.fill_findings(experiment("laptop", hard=0.5, soft=0.9) | {"claims": []})
+    publishing.fill_pages()
+    assert "Chapter 01" not in written(pages)
+    assert before != written(pages)  # the page was filled
+
+
 def test_the_page_of_verdicts_shows_both_runs_and_what_they_took(pages):
     publishing = tool(pages, "publish")
     publishing.fill_findings(experiment("laptop", hard=0.5, soft=0.9))

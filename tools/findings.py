@@ -59,10 +59,10 @@ def rows_of(profile: str, experiment: str) -> dict | None:
 
 
 def found(chapter: Chapter, experiment: str) -> Finding | None:
-    """An experiment's verdicts; None if its test set is too small for any."""
+    """An experiment's verdicts; None if it makes no claim, or if its test set is too small for any."""
     laptop, full = (rows_of(profile, experiment) for profile in ("laptop", "full"))
     rows = laptop or full
-    if rows is None or replication.too_coarse(rows):
+    if rows is None or not rows["claims"] or replication.too_coarse(rows):
         return None
     repeat = rows_of("laptop-repeat", experiment) if laptop else None
     repeat = repeat if repeat and replication.fits(repeat, rows) else None
