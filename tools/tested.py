@@ -21,9 +21,10 @@ CAMPAIGNS = {
         "cut off); all others refused, set aside, or replaced by an intact copy",
     ),
     "hostile": (
-        "{files:,.0f} hostile or absurd files, one reader each",
-        "{executed:,.0f} executed code, {hanging:,.0f} hung, {without_message:,.0f} without a message that names the "
-        "file; at most {peak_mb:,.0f} MB of memory",
+        "{files:,.0f} hostile or absurd files, each given to the function that reads its kind",
+        "{refused:,.0f} refused by name, {harmless:,.0f} read as what they are; {read:,.0f} read as something else, "
+        "{executed:,.0f} executed code, {hanging:,.0f} hung, {without_a_message:,.0f} failed without a message; at most "
+        "{peak_mb:,.0f} MB of memory",
     ),
     "together": (
         "{pairs:,.0f} pairs of processes that work on the same files at the same moment",
