@@ -157,7 +157,9 @@ def fetch(server, path, **limits):
     download(f"{server.address}/file", path, SHA256, **{"most": 10**6, "seconds": 20, **limits})
 
 
-@pytest.mark.parametrize("act", [whole, without_ranges, without_length, leading("/there")], ids=str)
+@pytest.mark.parametrize(
+    "act", [whole, without_ranges, without_length, leading("/there")], ids=lambda act: act.__name__
+)
 def test_a_file_arrives_whole(server, tmp_path, act):
     server.script = [act]
     fetch(server, tmp_path / "a" / "f")
