@@ -12,6 +12,7 @@ from torch import nn
 
 from kdlib import Recipe, SoftLabels, build, distillation_loss, generate, gpu, train
 from kdlib.lab import batched, train_many
+from kdlib.scale import SeededViews
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
@@ -108,6 +109,14 @@ def test_a_loss_that_is_no_mean_over_images_is_refused(image_set):
     with pytest.raises(ValueError, match=r"the loss of 2 networks together is .* if the loss compares the images"):
         quiet_train_many(models, data, [between_images] * 2, recipes)
     quiet_train_many(models[:1], data, [between_images], recipes[:1])
+
+
+def test_views_that_are_blends_are_refused(image_set):
+    data = image_set()
+    data.__dict__["views"] = SeededViews(8, mixup=True)
+    models = [build("perceptron", 4, 1, seed=seed) for seed in (0, 1)]
+    with pytest.raises(ValueError, match="toy/train has mixup among its views, whose labels are blends"):
+        quiet_train_many(models, data, [F.cross_entropy] * 2, [RECIPE] * 2)
 
 
 def test_without_bfloat16_it_trains_in_float32(image_set, monkeypatch):

@@ -316,6 +316,16 @@ def test_a_manifest_that_was_changed_is_refused(image_set, toy_teacher, tmp_path
     with pytest.raises(ValueError, match=r"is not a manifest of soft labels .*it was changed since it was written"):
         load_compact(tmp_path, data)
     assert quiet(tmp_path, toy_teacher(data), data, 2, 1).identity == saved.identity
+    path.write_text('{"fingerprint": {}}')
+    with pytest.raises(ValueError, match=r"is not a manifest of soft labels \(it.* has no "):
+        load_compact(tmp_path, data)
+
+
+@pytest.mark.parametrize("options", [{"shard": True}, {"shard": 2.5}, {"shard": 0}, {"batch_size": 0}])
+def test_a_size_that_is_none_is_refused(image_set, toy_teacher, tmp_path, options):
+    data, (name,) = image_set(20), options
+    with pytest.raises(ValueError, match=rf"{name} is .*: expected a whole number of at least 1 image"):
+        quiet(tmp_path, toy_teacher(data), data, 2, 1, **options)
 
 
 def test_other_images_and_more_views_than_there_are_are_refused(image_set, toy_teacher, tmp_path, monkeypatch):
@@ -338,7 +348,7 @@ def test_other_images_and_more_views_than_there_are_are_refused(image_set, toy_t
     monkeypatch.setattr("kdlib.scale.compact_files.AT_MOST", 30)
     with pytest.raises(ValueError, match="views is 9: expected at most 6 for k=1, in one shard"):
         quiet(tmp_path / "more", toy_teacher(data), data, None, 1)
-    with pytest.raises(ValueError, match="shard is 0: expected at least 1 image per shard"):
+    with pytest.raises(ValueError, match="shard is 0: expected a whole number of at least 1 image"):
         quiet(tmp_path / "more", toy_teacher(data), data, 2, 1, shard=0)
 
 

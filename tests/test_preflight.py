@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from functools import partial
 
+import larger
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from torch import nn
 import kdlib
 from kdlib.checks.objective import look_at_loss
 from kdlib.data import Data
-from kdlib.scale import compress
+from kdlib.scale import SeededViews, StreamedImages, compress
+from kdlib.scale.stream_cache import cache_images
 
 T, ALPHA = 4.0, 0.1
 
@@ -153,6 +155,20 @@ def test_what_fits_together_looks_right(parts, capsys):
     assert odd(parts, capsys, targets=compress(stored, 2)) == []
     (other,) = odd(parts, capsys, targets=compress(replace(stored, data="toy/other 0"), 2))
     assert "the soft labels are of toy/other 0" in other
+
+
+def test_images_that_stay_on_the_disk_are_looked_at_as_far_as_they_are_known(tmp_path, capsys):
+    source = larger.Drawn(40)
+    labels, names = torch.from_numpy(source.labels), source.class_names
+    shared = {"labels": labels, "class_names": names, "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    kept = cache_images(source, tmp_path / "drawn.npy", 32, progress=False)
+    data = StreamedImages("drawn/train", kept, **shared, views=SeededViews(larger.VIEW))
+    recipe = kdlib.Recipe(epochs=1, batch_size=20, learning_rate=0.01)
+    kdlib.preflight(data, student=larger.small(10), loss_fn=F.cross_entropy, recipe=recipe)
+    said = capsys.readouterr().out
+    assert "the images lie on a disk: not looked at for copies" in said
+    assert "in 30 steps on one batch the loss goes from" in said
+    assert "there is one view per image" not in said
 
 
 def test_a_teacher_without_targets_is_a_live_one(parts, capsys):

@@ -130,3 +130,18 @@ def test_a_recipe_is_played_from_the_shell(tmp_path, capsys):
     assert f"{profiles.outputs_folder() / 'tiny_imagenet_miniature' / 'distilled_mobilenet_v2.pth'}: test acc" in said
     assert cli.main([*command[:1], "--role", "soft_labels"]) == 1
     assert "expected --recipe and --data together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--recipe", "tiny_imagenet", "--data", ".", "--set", "epochs=3"], "--set has no meaning with --recipe"),
+        (["--recipe", "tiny_imagenet", "--data", ".", "--profile", "quick"], "--profile has no meaning with --recipe"),
+        (["--profile", "quick", "--student", "mlp100"], "--student has no meaning without --recipe"),
+        (["--soft-views", "0"], "--soft-views has no meaning without --recipe"),
+        (["--miniature"], "--miniature has no meaning without --recipe"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(options, said, capsys):
+    assert cli.main(["train", "--role", "student", *options]) == 1
+    assert said in capsys.readouterr().err

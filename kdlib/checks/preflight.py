@@ -109,9 +109,10 @@ def _of_data(data: Data | ImageSet) -> list[Finding]:
         if rare and len(labels):
             more = f" and {len(rare) - 1} more class{'es' * (len(rare) > 2)} have" if len(rare) > 1 else " has"
             say(f"{rare[0]!r}{more} fewer than {FEW} {split} images", True)
-        flat = images.images.flatten(1)
-        if blank := int((flat.amin(1) == flat.amax(1)).sum()):
-            say(f"{_images(blank, split)} of one colour", True)
+        if isinstance(images.images, Tensor):
+            flat = images.images.flatten(1)
+            if blank := int((flat.amin(1) == flat.amax(1)).sum()):
+                say(f"{_images(blank, split)} of one colour", True)
     unlabelled = int((train.labels < 0).sum())
     if unlabelled < len(train):
         counts = train.labels[train.labels >= 0].cpu().bincount(minlength=train.classes)
@@ -119,12 +120,15 @@ def _of_data(data: Data | ImageSet) -> list[Finding]:
         say(f"the classes have {least} to {most} training images", least * 10 < most)
     if unlabelled:
         say(f"{_images(unlabelled, 'training')} without a label: the loss needs alpha=0", False)
-    seen = {name: set(canonical_order(s.images.cpu().numpy(), s.labels.cpu().numpy())[1]) for name, s in splits.items()}
-    for split in splits:
+    loaded = {name: own for name, own in splits.items() if isinstance(own.images, Tensor)}
+    seen = {n: set(canonical_order(s.images.cpu().numpy(), s.labels.cpu().numpy())[1]) for n, s in loaded.items()}
+    for split in seen:
         if split != "train":
             shared = len(seen["train"] & seen[split])
             say(f"{_images(shared, split)} among the training images too", shared > 0)
-    if len(train.view_table) == 1:
+    if not loaded:
+        say("the images lie on a disk: not looked at for copies and for images of one colour", False)
+    if train.resolve_views(None) == 1:
         say("there is one view per image: no augmentation", False)
     return found
 

@@ -60,6 +60,11 @@ def train_many(
     """
     targets = targets if targets is not None else [None] * len(models)
     _check(models, loss_fns, recipes, targets)
+    if blends(data):
+        raise ValueError(
+            f"{data.name} has mixup among its views, whose labels are blends: train such networks with train, one at a "
+            "time"
+        )
     device, recipe = gpu.pick_device(device), recipes[0]
     data = data.to(device)
     data.resolve_views(recipe.views)
@@ -215,6 +220,11 @@ def _same(things: Sequence) -> list[list[int]]:
 def _precision(device: torch.device) -> contextlib.AbstractContextManager:
     """Autocast to bfloat16; float16 would need the loss to be scaled, for each network by another factor."""
     return contextlib.nullcontext() if gpu.half_precision(device) == torch.float16 else gpu.mixed_precision(device)
+
+
+def blends(data: ImageSet) -> bool:
+    """Whether views of these images are blends of two, as those of :class:`kdlib.scale.SeededViews` may be."""
+    return bool(getattr(getattr(data, "views", None), "mixup", False))
 
 
 def _check(models: Sequence, loss_fns: Sequence, recipes: Sequence[Recipe], targets: Sequence) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdlib.data import ImageSet, Targets
 from kdlib.evaluate import agreement, predict_logits, scores
-from kdlib.lab.batched import train_many
+from kdlib.lab.batched import blends, train_many
 from kdlib.lab.rows import Job, RowStore
 from kdlib.models import NETWORKS, build, network_name
 from kdlib.published import Network
@@ -105,7 +105,7 @@ def _programs(setups: Mapping[str, TrainingSetup], jobs: list[Job]) -> list[list
     groups: dict[tuple, list[Job]] = {}
     for case, seed in jobs:
         setup = setups[case]
-        alone = (case, seed) if setup.recipe.mixup or setup.recipe.cutout else ()
+        alone = (case, seed) if setup.recipe.mixup or setup.recipe.cutout or blends(setup.data) else ()
         shared = replace(setup.recipe, seed=0, learning_rate=1.0, weight_decay=0.0)
         groups.setdefault((setup.network, id(setup.data), shared, *alone), []).append((case, seed))
     return [group[k : k + AT_ONCE] for group in groups.values() for k in range(0, len(group), AT_ONCE)]

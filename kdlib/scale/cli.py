@@ -30,6 +30,7 @@ from kdlib.scale.recipes import RECIPES, distil
 from kdlib.train import Recipe
 
 OF_THE_PROFILE = tuple(name for name in PARAMETERS if name != "start_from")  # what is published needs no training
+OF_A_RECIPE = ("student", "soft_views", "weights", "miniature")  # options of a scale recipe
 OF_THE_RECIPE = tuple(field.name for field in dataclasses.fields(Recipe) if field.name not in PARAMETERS)
 
 
@@ -43,7 +44,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--role", choices=(*ROLES, "soft_labels"), required=True, help="student: on the labels alone; "
                         "distilled: under the teacher, which is made first if it is missing")  # fmt: skip
-    parser.add_argument("--profile", default="auto", help="quick, laptop, full or auto: full with CUDA, else quick")
+    parser.add_argument("--profile", help="quick, laptop, full or auto: full with CUDA, else quick")
     parser.add_argument("--outputs", type=Path, help="the folder of artefacts, in place of $KDLIB_OUTPUTS")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
@@ -89,7 +90,12 @@ def _train(options: argparse.Namespace) -> None:
         os.environ["KDLIB_OUTPUTS"] = str(options.outputs)
     if bool(options.recipe) != bool(options.data) or (not options.recipe and options.role == "soft_labels"):
         raise ValueError("expected --recipe and --data together; only a recipe has the role soft_labels by itself")
-    settings = changed_profile(options.profile, options.role, dict(map(_setting, options.set)))
+    of_recipe = {f"--{name.replace('_', '-')}": getattr(options, name) for name in OF_A_RECIPE}
+    of_profile = {"--profile": options.profile, "--set": options.set}
+    for name, value in (of_profile if options.recipe else of_recipe).items():
+        if value is not None and value is not False and value != []:
+            raise ValueError(f"{name} has no meaning with{'' if options.recipe else 'out'} --recipe: leave it out")
+    settings = changed_profile(options.profile or "auto", options.role, dict(map(_setting, options.set)))
     gpu.pick_device()  # joins the other processes, of which rank 0 prints, and warns of what all would warn of
     if ranks.rank():
         warnings.simplefilter("ignore")
@@ -102,8 +108,8 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _play(options: argparse.Namespace) -> None:
-    own = {name: getattr(options, name) for name in ("role", "student", "soft_views", "weights", "miniature")}
-    made = distil(options.recipe, options.data, outputs_folder(), **own)
+    own = {name: getattr(options, name) for name in OF_A_RECIPE}
+    made = distil(options.recipe, options.data, outputs_folder(), role=options.role, **own)
     scores = f": test accuracy {made.scores.accuracy:.2%}" if made.scores else ""
     print(f"{made.path or 'the teacher with torchvision’s weights'}{scores}")
 

@@ -25,7 +25,7 @@ from kdlib.evaluate import outputs_of
 from kdlib.gpu import ranks as processes
 from kdlib.losses import at_least_float32
 from kdlib.records import artefacts
-from kdlib.records.documents import load_document, read_document
+from kdlib.records.documents import load_document, mismatch, read_document
 from kdlib.records.identity import digest
 from kdlib.scale.compact import CompactSoftLabels, Layout, layout
 from kdlib.soft_labels import LiveTeacher
@@ -34,6 +34,8 @@ from kdlib.train import progress_bar
 MANIFEST = "manifest.json"
 AT_MOST = 2**27  # bytes of a shard, which is held in memory while it is made
 AT_LEAST = 16  # shards, so that as many processes have something to do
+FORM = {"fingerprint": {"data": str, "views": int, "k": int, "classes": int}}
+FORM |= {"shards": [{"file": str, "images": [int], "sha256": str}]}  # of a manifest
 AGAIN = "call kdlib.scale.generate_compact again with the same arguments, which makes what is missing or damaged alone"
 
 
@@ -81,8 +83,9 @@ def generate_compact(
         raise ValueError(f"views is {views:,}: expected at most {AT_MOST // rows.bytes:,} for k={k}, in one shard")
     if shard is None:
         shard = max(1, min(AT_MOST // (views * rows.bytes), math.ceil(len(data) / AT_LEAST)))
-    if shard < 1:
-        raise ValueError(f"shard is {shard}: expected at least 1 image per shard")
+    for name, value in {"shard": shard, "batch_size": batch_size}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}: expected a whole number of at least 1 image")
     made_from = {"data": data.identity, "teacher": LiveTeacher(teacher).identity, "views": views, **rows._asdict()}
     wanted = {
         f"shard_{number:05}.npy": made_from | {"images": [first, min(first + shard, len(data))]}
@@ -121,6 +124,8 @@ def load_compact(folder: str | PathLike, data: ImageSet) -> CompactSoftLabels:
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: the soft labels are not complete; {AGAIN}")
     manifest = load_document(path, "manifest of soft labels", f"delete it and {AGAIN}")
+    if wrong := mismatch(manifest, FORM):
+        raise ValueError(f"{path} is not a manifest of soft labels ({wrong}): delete it and {AGAIN}")
     made_from = manifest["fingerprint"]
     if made_from["data"] != data.identity:
         raise ValueError(
