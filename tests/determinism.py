@@ -2,8 +2,8 @@
 
     python -m tests.determinism             # some hundred trainings of the quick profile's teacher: ten minutes
 
-Each way of training runs in processes of its own. Another processor is played by one that keeps to AVX2, or to no
-vector instructions of its own, which changes the order of sums.
+Each way of training runs in processes of its own. Another processor is simulated by one that keeps to AVX2, or to
+no vector instructions of its own, which changes the order of sums.
 """
 
 from __future__ import annotations

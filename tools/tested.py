@@ -18,13 +18,13 @@ CAMPAIGNS = {
     "rot": (
         "{flips:,.0f} flipped bits and {truncations:,.0f} truncations, over {kinds:.0f} kinds of files",
         "{silent:,.0f} unnoticed; {harmless:,.0f} harmless (a bit that makes `1E-05` of `1e-05`, a last line break "
-        "cut off); all others refused, set aside, or replaced by an intact copy",
+        "cut off); all others refused, renamed to a backup, or replaced by an intact copy",
     ),
     "hostile": (
         "{files:,.0f} hostile or absurd files, each given to the function that reads its kind",
         "{refused:,.0f} refused by name, {harmless:,.0f} read as what they are; {read:,.0f} read as something else, "
-        "{executed:,.0f} executed code, {hanging:,.0f} hung, {without_a_message:,.0f} failed without a message; at most "
-        "{peak_mb:,.0f} MB of memory",
+        "{executed:,.0f} executed code, {hanging:,.0f} hung, {without_a_message:,.0f} failed without a message; at "
+        "most {peak_mb:,.0f} MB of memory",
     ),
     "together": (
         "{pairs:,.0f} pairs of processes that work on the same files at the same moment",
@@ -33,15 +33,15 @@ CAMPAIGNS = {
     "larger": (
         "{images_mb:,.0f} MB of images decoded, trained on and predicted in a process that may grow by "
         "{limit_mb:,.0f} MB",
-        "it grew by {grown_mb:,.0f} MB; with the same images in memory it ends with an error",
+        "it grew by {grown_mb:,.0f} MB",
     ),
 }
 WAYS = {
     "once more": "the same once more",
     "two threads": "on two threads",
-    "AVX2": "by a processor without AVX512, played",
-    "no vectors": "by one without AVX, played",
-    "float64, AVX2": "in float64, by a processor without AVX512, played",
+    "AVX2": "on a simulated processor without AVX512",
+    "no vectors": "on a simulated one without AVX",
+    "float64, AVX2": "in float64, on a simulated one without AVX512",
 }
 
 
