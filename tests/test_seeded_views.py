@@ -210,6 +210,9 @@ def test_a_blend_is_rounded_to_the_nearest():
     [
         ({"size": 0}, "size is 0"),
         ({"size": 8.0}, "size is 8.0"),
+        ({"size": True}, "size is True"),
+        ({"flip": "no"}, "flip is 'no': expected True or False"),
+        ({"mixup": 1}, "mixup is 1: expected True or False"),
         ({"resize": 4}, "resize is 4: expected a whole number of pixels, at least 8"),
         ({"scale": (0, 1)}, "scale is"),
         ({"scale": (0.5, 2)}, "scale is"),
@@ -240,3 +243,13 @@ def test_every_setting_is_part_of_the_identity():
     ]
     assert len({views.identity for views in others}) == len(others)
     assert SeededViews(8, scale=[0.08, 1]).identity == SeededViews(8).identity  # as a JSON file gives it back
+    assert SeededViews(8, resize=8).identity == SeededViews(8).identity  # the same views
+
+
+def test_a_subclass_is_refused():
+    class Halved(SeededViews):
+        def apply(self, image, parameters):
+            return super().apply(image, parameters) // 2
+
+    with pytest.raises(TypeError, match=r"Halved is a subclass of SeededViews: expected SeededViews itself"):
+        Halved(8)

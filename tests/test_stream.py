@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,13 +16,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_ranks import torchrun
 from torch import nn
 
 import kdlib
 from kdlib import LiveTeacher, Recipe, distillation_loss, generate, load_or_generate, predict_logits, train
 from kdlib.data import ImageSet, batches
 from kdlib.records import artefacts
-from kdlib.scale import SeededViews, load_images, mixup_pair, stream_cache
+from kdlib.scale import SeededViews, load_images, mixup_pair, stream, stream_cache
 from kdlib.scale.stream_cache import CachedImages, cache_images, index_path
 from kdlib.scale.stream_sources import find_sources
 from kdlib.scale.views import MOST, blend
@@ -110,6 +112,23 @@ def test_tiny_imagenet_tells_its_validation_labels_in_a_list(tmp_path, load):
     assert [len(split) for split in data] == [6, 2, 2]
     shown = {path.name for path in (tmp_path / "cache").glob("*.npy")}
     assert shown == {"tiny-imagenet-200-train-10.npy", "tiny-imagenet-200-validation-10.npy"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["a.png\tn1\t0", "b.png\tn2\t0", "a.png\tn2\t0"], r"annotations.txt:3 names a.png, which an earlier line"),
+        (["a.png\tn1\t0"], r"b.png has no line in val_annotations.txt"),
+        (["a.png\tn1\t0", "b.png n2 0"], r"annotations.txt:2 is 'b.png n2 0': expected a file and its class"),
+        (["a.png\tn1", "c.png\tn2", "b.png\tn2"], r"annotations.txt:2 names c.png: expected a picture at .*c.png"),
+    ],
+)
+def test_a_wrong_list_of_tiny_imagenet_is_refused(tmp_path, lines, message):
+    for file in ("train/n1/0.png", "train/n2/0.png", "val/images/a.png", "val/images/b.png"):
+        draw(tmp_path / "tiny" / file, 0)
+    (tmp_path / "tiny" / "val" / "val_annotations.txt").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message):
+        find_sources(tmp_path / "tiny", "tiny")
 
 
 def test_three_splits_are_taken_as_they_are(tree, load):
@@ -203,6 +222,9 @@ def test_options_that_contradict_each_other_are_refused(load):
         load(padding=2)
     with pytest.raises(ValueError, match="expected SeededViews, which shift and mirror"):
         replace(load().train, flip=True)
+    for validation in (-3, 0, 2.5, True):
+        with pytest.raises(ValueError, match=f"validation is {validation}: expected a whole number"):
+            load(validation=validation)
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
@@ -296,6 +318,98 @@ def test_what_is_kept_serves_without_the_tree(tree, load, tmp_path):
     assert [split.fingerprint for split in load()] == fingerprints
     with pytest.raises(FileNotFoundError, match=r"nor does .*cache hold photos in 12x12"):
         load(size=12)
+
+
+def test_what_is_kept_of_another_folder_is_not_used(tree, load, tmp_path, capsys):
+    load()
+    other = shutil.copytree(tree, tmp_path / "other" / "photos")
+    draw(other / "train" / "n01" / "n01_0.JPEG", 7)
+    shutil.rmtree(other / "val")
+    fingerprints = [split.fingerprint for split in load(other)]  # the cache holds val of the first, train of the other
+    with pytest.raises(FileNotFoundError, match=r"photos-train-10.npy is of .*other.photos; give that path"):
+        load(tmp_path / "nowhere" / "photos")
+    shutil.rmtree(other)
+    capsys.readouterr()
+    assert [split.fingerprint for split in load(other)] == fingerprints
+    assert "is not there; what" in capsys.readouterr().out
+    load()  # both splits again of the first
+    tree.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"photos-train-10.npy is of .*photos"):
+        load(other)
+    cache_images(Counted(), tmp_path / "cache" / "photos-validation-10.npy", 10, **quiet)
+    with pytest.raises(FileNotFoundError, match=r"photos-validation-10.npy is not there or of another folder"):
+        load()
+
+
+def test_a_copy_elsewhere_serves_without_its_folder(tree, load, tmp_path):
+    fingerprint = load().train.fingerprint
+    other = shutil.copytree(tree, tmp_path / "other" / "photos")
+    load(other)  # nothing is read again, but where it lies is noted
+    shutil.rmtree(other)
+    assert load(other).train.fingerprint == fingerprint
+
+
+def test_splits_of_different_classes_are_refused(load, monkeypatch):
+    original = stream.read_index
+
+    def renamed(path, sha256):
+        index = original(path, sha256)
+        return {**index, "class_names": index["class_names"][::-1]} if "validation" in path.name else index
+
+    monkeypatch.setattr(stream, "read_index", renamed)
+    with pytest.raises(ValueError, match=r"photos-validation-10.npy has other classes than the training images"):
+        load()
+
+
+def test_an_index_belongs_to_its_images(load, tmp_path):
+    images = load().train.images
+    other = cache_images(Counted(), tmp_path / "other.npy", 10, **quiet).path
+    for of in (index_path, lambda file: artefacts.record_path(index_path(file))):
+        shutil.copy(of(other), of(images.path))
+    with pytest.raises(ValueError, match=r"photos-train-10.index.npz cannot be read \(it belongs to images with"):
+        images.mean_and_std()
+
+
+def test_a_damaged_cache_is_noticed_where_it_is_streamed(load):
+    path = load().train.images.path
+    content = path.read_bytes()
+    path.write_bytes(content[:128] + bytes(len(content) - 128))
+    with pytest.raises(ValueError, match=r"photos-train-10.npy has changed since it was saved"):
+        load()
+    path.write_bytes(content + content[128:])
+    with pytest.raises(ValueError, match=r"cannot be mapped into memory \(it has 14,528 bytes, .* tells of 7,328\)"):
+        load()
+    path.write_bytes(content)
+    load()
+
+
+def test_a_file_is_hashed_once_per_process(load, monkeypatch):
+    path = load().train.images.path
+    monkeypatch.setattr(artefacts, "file_digest", lambda path: pytest.fail(f"{path} is read again"))
+    CachedImages(path).check()
+
+
+def test_two_processes_make_one_cache(tree, tmp_path):
+    program = f"""
+import json
+from pathlib import Path
+from kdlib.gpu import pick_device, ranks
+from kdlib.scale import load_images, stream_cache
+pick_device("cpu")
+write, calls = stream_cache._write, []
+stream_cache._write = lambda *args: calls.append(args) or write(*args)
+data = load_images({str(tree)!r}, 10, cache={str(tmp_path / "cache")!r}, workers=0, progress=False)
+told = [len(calls), data.train.images[:].flatten().long().sum().item(), data.train.identity]
+Path({str(tmp_path)!r}, f"rank{{ranks.rank()}}.json").write_text(json.dumps(told))
+ranks.stop()
+"""
+    (tmp_path / "program.py").write_text(program)
+    torchrun(tmp_path / "program.py")
+    both = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [told[0] for told in both] == [2, 0]  # rank 0 alone writes train and validation
+    assert both[0][1:] == both[1][1:]
+    path = tmp_path / "cache" / "photos-train-10.npy"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == artefacts.record(path)["sha256"]
 
 
 def test_damaged_files_are_named(tree, load, tmp_path):
@@ -483,6 +597,20 @@ def test_images_travel_to_a_process_by_their_path(load):
     assert len(sent) < 2_000
     numbers = np.array([1, 2]), np.array([0, 9])
     assert pickle.loads(sent)[numbers].equal(data._prepared[numbers])
+
+
+def test_a_process_takes_no_file_that_took_the_place_of_its_own(tree, load, tmp_path):
+    images = load().train.images
+    sent = pickle.dumps(images)
+    assert pickle.loads(sent)[0].equal(images[0])
+    other = shutil.copytree(tree, tmp_path / "other" / "photos")
+    draw(other / "train" / "n01" / "n01_0.JPEG", 7)
+    load(other)
+    again = pickle.loads(sent)
+    with pytest.raises(ValueError, match=r"photos-train-10.npy is another file than when it was opened"):
+        again[0]
+    with pytest.raises(ValueError, match="it belongs to images with"):
+        images.mean_and_std()
 
 
 def test_an_error_in_a_worker_says_what_it_is_about(tree):

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from kdlib.data import Batch, Data, ImageSet
 from kdlib.datasets import data_folder
 from kdlib.records import artefacts
-from kdlib.scale.stream_cache import CachedImages, cache_images, cache_path, read_index
+from kdlib.scale.stream_cache import GIVEN, CachedImages, cache_images, cache_path, read_index
 from kdlib.scale.stream_sources import find_sources
 from kdlib.scale.views import MOST, SeededViews, blend, mixup_pair
 from kdlib.sources.pictures import whole_number
@@ -194,7 +194,7 @@ def load_images(
     Args:
         root: a folder laid out as ImageNet or TinyImageNet is, ``train/<class>/…`` and ``val/``; or Hugging Face data
             sets by split, such as what ``datasets.load_from_disk`` returns. A folder that is not there is no error if
-            the cache holds what was read of it.
+            the cache holds what was read of it: of that path, whichever machine it was on.
         size: of the images that are kept, pixels: the shorter side is resized to it, and a square is cut out. A view
             that is cropped from more pixels than it has is sharper: keep 256 for views of 224.
         views: what a network sees of them; None: ``SeededViews(size)``.
@@ -213,12 +213,16 @@ def load_images(
 
     Index i is the same image for everybody: images are in order of class and path.
 
+    What is kept is read once per process, to compare its SHA-256 with the recorded one: ImageNet at 256x256, 250 GB,
+    takes minutes.
+
     Raises:
-        ValueError: another layout, a class without images in one of the splits, a picture that cannot be read, or an
-            option out of range.
+        ValueError: another layout, a class without images in one of the splits, a picture that cannot be read, an
+            option out of range, or a damaged file in the cache.
         FileNotFoundError: no such folder, and nothing in the cache.
     """
     size, workers = whole_number("size", size, 2), whole_number("workers", workers, 0)
+    validation = whole_number("validation", validation, 1)
     if workers is None:
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = min(16, max(1, processors - 1))
@@ -235,8 +239,12 @@ def load_images(
         images["test"] = images.pop("validation")
     arrays = {f"{split}_images": own for split, own in images.items()}
     for split, own in images.items():
-        index = read_index(own.path)
-        arrays |= {f"{split}_labels": index["labels"], "class_names": index["class_names"]}
+        own.check()
+        index = read_index(own.path, own.sha256)
+        names = arrays.setdefault("class_names", index["class_names"])
+        if not np.array_equal(names, index["class_names"]):
+            raise ValueError(f"{own.path} has other classes than the training images: delete both, and {GIVEN}")
+        arrays[f"{split}_labels"] = index["labels"]
     rows = split_rows(arrays, validation)
     check_complete(rows, arrays, name)
     print(f"{name}: {'; '.join(described(rows, arrays))}")
@@ -249,7 +257,6 @@ def load_images(
     for split, own in chosen.items():
         labels = torch.from_numpy(arrays[f"{part_of(split, arrays)}_labels"][rows[split]])
         if in_memory:
-            artefacts.check_content(own.path)
             splits[split] = ImageSet(f"{name}/{split}", own[:], labels, **shared, padding=padding, flip=flip)
         else:
             seen = views or SeededViews(size)
@@ -260,10 +267,30 @@ def load_images(
 def _kept(root, name: str, cache: Path, size: int, workers: int, progress: bool) -> dict[str, CachedImages]:
     """The kept images of each split that has labels, read first if they are not there."""
     paths = {split: cache_path(cache, f"{name}/{split}", size) for split in SPLITS}
-    if not isinstance(root, Mapping) and not Path(root).expanduser().is_dir():
-        if not paths["train"].exists():
-            raise FileNotFoundError(f"no such folder: {root}; nor does {cache} hold {name} in {size}x{size}")
-        return {split: CachedImages(path) for split, path in paths.items() if path.exists()}
-    sources = find_sources(root if isinstance(root, Mapping) else Path(root).expanduser(), name)
-    options = dict(workers=workers, progress=progress)
+    folder = None if isinstance(root, Mapping) else Path(root).expanduser()
+    if folder and not folder.is_dir():
+        return _kept_without(folder, name, cache, size, paths)
+    sources = find_sources(folder or root, name)
+    identities = {split: source.identity for split, source in sources.items()}
+    origin = {"root": str(folder.resolve()) if folder else "Hugging Face data sets", "splits": identities}
+    options = dict(origin=origin, workers=workers, progress=progress)
     return {split: cache_images(source, paths[split], size, **options) for split, source in sources.items()}
+
+
+def _kept_without(folder: Path, name: str, cache: Path, size: int, paths: dict[str, Path]) -> dict[str, CachedImages]:
+    """The kept images of each split of a folder that is not there: of just this folder, as it was last seen."""
+    missing = f"no such folder: {folder}; nor does {cache} hold"
+    if not paths["train"].exists():
+        raise FileNotFoundError(f"{missing} {name} in {size}x{size}")
+    images = {"train": CachedImages(paths["train"])}  # which has a record that can be read
+    origin = artefacts.record(paths["train"]).get("origin") or {"root": "an unrecorded folder", "splits": {}}
+    if origin["root"] != str(folder.resolve()):
+        raise FileNotFoundError(
+            f"{missing} its images: {paths['train'].name} is of {origin['root']}; give that path if these are meant"
+        )
+    for split, identity in origin["splits"].items():
+        if artefacts.record(paths[split]).get("fingerprint", {}).get("images") != identity:
+            raise FileNotFoundError(f"{missing} all its images: {paths[split].name} is not there or of another folder")
+        images[split] = CachedImages(paths[split])
+    print(f"{name}: {folder} is not there; what {cache} keeps of it is used in its place")
+    return images

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from functools import cached_property
+import os
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from kdlib.gpu import ranks
 from kdlib.records import artefacts
 from kdlib.records.identity import digest
 from kdlib.scale.stream_sources import Source
@@ -36,7 +38,7 @@ class CachedImages:
         rows: (N,) those of its images that count, in this order; None: all.
 
     Raises:
-        ValueError: a file without its record, or one that was cut off.
+        ValueError: a file without its record, one that was cut off, or one that took another's place since.
     """
 
     _version = 0  # nothing changes it in place
@@ -47,14 +49,24 @@ class CachedImages:
         if not about.get("sha256"):
             raise ValueError(f"{path} has no record that can be read: {GIVEN}")
         self.sha256: str = about["sha256"]
+        self._stamp = _stamp(path)
         self.rows = np.arange(len(self._pixels)) if rows is None else rows
 
     @cached_property
     def _pixels(self) -> np.ndarray:
         try:
-            return np.load(self.path, mmap_mode="r", allow_pickle=False)
+            pixels = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            size, expected = self.path.stat().st_size, pixels.offset + pixels.nbytes
+            if size != expected:
+                raise ValueError(f"it has {size:,} bytes, its header tells of {expected:,}")
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path} cannot be mapped into memory ({error}): delete it, and {GIVEN}") from error
+        if (found := _stamp(self.path)) != self._stamp:  # after the mapping, so that it is of what was mapped
+            raise ValueError(
+                f"{self.path} is another file than when it was opened: its inode, size and time of change are {found}, "
+                f"expected {self._stamp}; load the images again, each tree under a name of its own"
+            )
+        return pixels
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_pixels"}  # each process maps it itself
@@ -72,6 +84,14 @@ class CachedImages:
         chosen = chosen.cpu().numpy() if isinstance(chosen, Tensor) else chosen
         return torch.from_numpy(np.array(self._pixels[self.rows[chosen]]))
 
+    def check(self) -> None:
+        """Raise ValueError if the file's SHA-256 is not the one in its record; a process reads it once for that."""
+        if (found := _digest_of(self.path, self._stamp)) != self.sha256:
+            raise ValueError(
+                f"{self.path} has changed since it was saved: its SHA-256 is {found}, its record says {self.sha256}; "
+                f"delete it, and {GIVEN}"
+            )
+
     @property
     def digest(self) -> str:
         """The SHA-256 of the content, from the record, and of the choice of rows."""
@@ -79,11 +99,25 @@ class CachedImages:
 
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel, on a scale from 0 to 1, to six digits: from each image's sums."""
-        sums = read_index(self.path)["sums"][self.rows].sum(0)  # (2, C)
+        sums = read_index(self.path, self.sha256)["sums"][self.rows].sum(0)  # (2, C)
         mean, square = sums / (len(self) * self.shape[1] * self.shape[2])
         std = np.sqrt(np.maximum(square - mean**2, 0))
         mean, std = ([round(float(x) / 255, 6) for x in values] for values in (mean, std))
         return tuple(mean), tuple(x or 1.0 for x in std)  # 1 for a channel that never varies
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes when another file takes this one's place; None if there is none."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return None
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _digest_of(path: Path, stamp: tuple[int, int, int]) -> str:
+    return artefacts.file_digest(path)
 
 
 def cache_path(cache: Path, name: str, size: int) -> Path:
@@ -96,15 +130,17 @@ def index_path(path: Path) -> Path:
     return path.with_suffix(".index.npz")
 
 
-def read_index(path: Path) -> dict[str, np.ndarray]:
+def read_index(path: Path, sha256: str) -> dict[str, np.ndarray]:
     """``labels`` (N,) int64, ``class_names`` (K,) and ``sums`` (N, 2, C) float64 of values and of their squares.
 
     Raises:
-        ValueError: a file that is damaged or not there.
+        ValueError: a file that is damaged, not there, or not of the images with that SHA-256.
     """
     index = index_path(path)
     try:
         artefacts.check_content(index)
+        if (found := artefacts.record(index).get("fingerprint", {}).get("sha256")) != sha256:
+            raise ValueError(f"it belongs to images with the SHA-256 {found}, not {sha256}")
         with open(index, "rb") as file:
             stored = np.load(file, allow_pickle=False)
             return {name: stored[name] for name in ("labels", "class_names", "sums")}
@@ -112,14 +148,17 @@ def read_index(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{index} cannot be read ({error}): delete it and {path.name}, and {GIVEN}") from error
 
 
-def cache_images(source: Source, path: Path, size: int, *, workers: int = 0, progress: bool = True) -> CachedImages:
+def cache_images(
+    source: Source, path: Path, size: int, *, origin: dict | None = None, workers: int = 0, progress: bool = True
+) -> CachedImages:
     """The images of a source in that size, from `path` if it holds just those; otherwise they are read and kept there.
 
     What was read is kept if the reading is stopped, and the next call goes on from there. A file of other images is
-    renamed to a backup. Two processes never make the same file: one waits for the other.
+    renamed to a backup. Two processes never make the same file: one waits for the other, and of ranks, rank 0 makes it.
 
     Args:
         size: the shorter side is resized to so many pixels, and a square is cut from the centre.
+        origin: where the source lies, for the record; None: what is recorded of it stays.
         workers: processes that decode; their number changes the speed only.
 
     Raises:
@@ -127,20 +166,34 @@ def cache_images(source: Source, path: Path, size: int, *, workers: int = 0, pro
     """
     made_from = {"images": source.identity, "size": size}
     with artefacts.reserve(path.parent, path.name, made_from) as kept:
-        if kept and artefacts.find(path.parent, index_path(kept).name, _of_index(made_from, CachedImages(kept).sha256)):
-            return CachedImages(kept)
-        partial = path.with_name(f"{path.stem}.{digest(made_from)}.partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "ab+") as file, open(f"{partial}.txt", "a+", encoding="utf-8") as log:
-            sha256, sums = _write(source, size, file, log, workers, progress)
-        artefacts.sync(partial)
-        about = {"labels": source.labels, "class_names": np.array(source.class_names), "sums": sums}
-        artefacts.save_arrays(index_path(path), about, fingerprint=_of_index(made_from, sha256))
-        artefacts.remove(artefacts.record_path(path))
-        artefacts.replace(partial, path)
-        artefacts.save_document(artefacts.record_path(path), {"fingerprint": made_from, "sha256": sha256})
-        artefacts.remove(Path(f"{partial}.txt"))
-    return CachedImages(path)
+        if not ranks.rank():
+            if not kept or not _has_index(kept, made_from):
+                _make(source, path, made_from, origin, workers, progress)
+                kept = path
+            elif origin and kept == path and artefacts.record(path).get("origin") != origin:
+                artefacts.save_document(artefacts.record_path(path), {**artefacts.record(path), "origin": origin})
+    return CachedImages(ranks.broadcast(kept))
+
+
+def _has_index(path: Path, made_from: dict) -> bool:
+    wanted = _of_index(made_from, CachedImages(path).sha256)
+    return artefacts.find(path.parent, index_path(path).name, wanted) is not None
+
+
+def _make(source: Source, path: Path, made_from: dict, origin: dict | None, workers: int, progress: bool) -> None:
+    """Write a file, its index and, last, its record."""
+    partial = path.with_name(f"{path.stem}.{digest(made_from)}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "ab+") as file, open(f"{partial}.txt", "a+", encoding="utf-8") as log:
+        sha256, sums = _write(source, made_from["size"], file, log, workers, progress)
+    artefacts.sync(partial)
+    about = {"labels": source.labels, "class_names": np.array(source.class_names), "sums": sums}
+    artefacts.save_arrays(index_path(path), about, fingerprint=_of_index(made_from, sha256))
+    artefacts.remove(artefacts.record_path(path))
+    artefacts.replace(partial, path)
+    about = {"fingerprint": made_from, "sha256": sha256, "origin": origin}
+    artefacts.save_document(artefacts.record_path(path), about)
+    artefacts.remove(Path(f"{partial}.txt"))
 
 
 def _of_index(made_from: dict, sha256: str) -> dict:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import unicodedata
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """The SHA-256 of all paths, sizes and labels: a changed tree is noticed without reading its pictures."""
         digest = hashlib.sha256("\0".join(self.class_names).encode())
@@ -160,10 +161,7 @@ def _has_labels(folder: Path) -> bool:
 def _labelled(root: Path, folder: Path) -> Iterator[tuple[str, str]]:
     """Every picture of a split as (path below the root, name of the class), in order of class and path."""
     if (folder / ANNOTATIONS).is_file():
-        lines = (folder / ANNOTATIONS).read_text(encoding="utf-8").splitlines()
-        pairs = [line.split("\t")[:2] for line in lines if line.strip()]
-        prefix = (folder / "images").relative_to(root).as_posix()
-        yield from sorted(((f"{prefix}/{file}", name) for file, name in pairs), key=lambda pair: pair[::-1])
+        yield from sorted(_listed(root, folder).items(), key=lambda pair: pair[::-1])
         return
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.is_dir() and not entry.name.startswith("."):
@@ -171,7 +169,32 @@ def _labelled(root: Path, folder: Path) -> Iterator[tuple[str, str]]:
             yield from ((file, name) for file in sorted(_pictures(root, entry.path)))
 
 
-def _pictures(root: Path, folder: str) -> Iterator[str]:
+def _listed(root: Path, folder: Path) -> dict[str, str]:
+    """The class of every picture in ``images/``, by its path below the root, from TinyImageNet's list."""
+    listed, pictures = {}, set(_pictures(root, folder / "images"))
+    for number, line in enumerate((folder / ANNOTATIONS).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        file, name, *_ = [*line.split("\t"), ""]
+        path, where = f"{(folder / 'images').relative_to(root).as_posix()}/{file}", f"{folder / ANNOTATIONS}:{number}"
+        if not file or not name:
+            raise ValueError(f"{where} is {line!r}: expected a file and its class, separated by a tab")
+        if path in listed:
+            raise ValueError(f"{where} names {file}, which an earlier line named: delete one of the two")
+        if path not in pictures:
+            raise ValueError(
+                f"{where} names {file}: expected a picture at {root / path}; if the pictures lie in folders of their "
+                f"classes, delete {ANNOTATIONS}"
+            )
+        listed[path] = name
+    if unlisted := pictures - listed.keys():
+        raise ValueError(
+            f"{root / min(unlisted)} has no line in {ANNOTATIONS}, which tells its class: add it, or delete the picture"
+        )
+    return listed
+
+
+def _pictures(root: Path, folder: str | Path) -> Iterator[str]:
     for place, _, files in os.walk(folder):
         below = Path(place).relative_to(root).as_posix()
         yield from (f"{below}/{file}" for file in files if file.lower().endswith(ENDINGS) and file[0] != ".")

@@ -73,6 +73,7 @@ class SeededViews:
     mirrored or not, and changed by RandAugment if wanted; it may be blended with another image.
 
     Raises:
+        TypeError: at construction of a subclass, whose views would be taken for this class's.
         ValueError: at construction, if a value is out of range.
     """
 
@@ -85,14 +86,21 @@ class SeededViews:
     resize: int | None = None  # shorter side to which an image is resized for its clean view, pixels; None: size
 
     def __post_init__(self):
+        if type(self) is not SeededViews:  # the identity tells settings, and not what a subclass does with them
+            raise TypeError(f"{type(self).__qualname__} is a subclass of SeededViews: expected SeededViews itself")
         for name, kind in {"scale": float, "ratio": float, "rand_augment": int}.items():
             value = getattr(self, name)
             if isinstance(value, Sequence) and all(kind(x) == x for x in value):  # written alike, they are known alike
                 object.__setattr__(self, name, tuple(map(kind, value)))
         for name, least in {"size": 1, "resize": self.size}.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and (type(value) is not int or value < least):
                 raise ValueError(f"{name} is {value!r}: expected a whole number of pixels, at least {least}")
+        if self.resize == self.size:  # the same views, and so the same identity
+            object.__setattr__(self, "resize", None)
+        for name in ("flip", "mixup"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} is {value!r}: expected True or False")
         for name, most in {"scale": 1.0, "ratio": 1000.0}.items():
             match getattr(self, name):
                 case (float(low), float(high)) if 0 < low <= high <= most:
