@@ -88,12 +88,14 @@ def main() -> None:
                 made = play(recipe, root, outputs, students)
             between = time.process_time()
             for one in made:
-                print(f"  {one.role}: {one.path.name}, {one.path.stat().st_size / 1e6:.1f} MB, {one.scores}")
-            written = [one.path.stat().st_mtime_ns for one in made]
+                size = sum(path.stat().st_size for path in (one.path, *one.path.rglob("*.npy")))
+                print(f"  {one.role}: {one.path.name}, {size / 1e6:.1f} MB, {one.scores}")
+            files = [path for ending in ("pth", "npy") for path in outputs.rglob(f"*.{ending}")]
+            written = [path.stat().st_mtime_ns for path in files]
             with contextlib.redirect_stdout(None):
                 again = play(recipe, root, outputs, students)
             assert again == made
-            assert [one.path.stat().st_mtime_ns for one in again] == written
+            assert [path.stat().st_mtime_ns for path in files] == written
             last = time.process_time()
             print(f"{recipe}: {between - start:.0f} CPU seconds, and {last - between:.0f} to find all of it again")
 
