@@ -133,7 +133,7 @@ def depends_on_processes(model: nn.Module, images: Tensor) -> bool:
         images: (B, C, H, W), of the shape that the network is going to see.
     """
     kinds = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
-    return world() > 1 and (any(isinstance(m, kinds) for m in model.modules()) or _looks_beyond_an_image(model, images))
+    return any(isinstance(module, kinds) for module in model.modules()) or _looks_beyond_an_image(model, images)
 
 
 def _looks_beyond_an_image(model: nn.Module, images: Tensor) -> bool:
