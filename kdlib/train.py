@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from kdlib import gpu
 from kdlib.checks.fits import check_fits, check_labels
+from kdlib.checks.means import checked_mean
 from kdlib.data import Batch, ImageSet, Targets, batches, cutout, mixup, steps_per_epoch
 from kdlib.evaluate import predict_logits
 from kdlib.gpu import ranks
@@ -134,7 +135,7 @@ def train(
     Raises:
         FloatingPointError: the loss was infinite or not a number. It names the first such step.
         ValueError: the targets or the recipe do not fit the data, labels are missing, or the checkpoint is of another
-            run.
+            run; with several processes, the loss is not a mean over the images.
         IdentityError: with a checkpoint, if the objective cannot be identified by its content.
     """
     device = gpu.pick_device(device)
@@ -152,6 +153,7 @@ def train(
     generator = torch.Generator(device).manual_seed(recipe.seed)
     run = Checkpoint(checkpoint, key, [generator], model=model, optimizer=optimizer, scaler=engine.scaler)
     history = History(**run.resume())
+    loss_fn = checked_mean(loss_fn, data.labels)
 
     def step(batch: Batch) -> Tensor:
         student_logits = engine.forward(batch.images)

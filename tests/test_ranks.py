@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from workshop import ROOT
 import kdlib
 from kdlib.deploy import cli
 from kdlib.gpu import ranks
+from kdlib.lab import RowStore
 from kdlib.records import artefacts
 from kdlib.scale import generate_compact
 from kdlib.scale.cli import _tell, changed_profile
@@ -111,6 +113,52 @@ def test_without_batch_norm_a_record_does_not_tell_how_many_processes_there_were
 
 def test_a_batch_smaller_than_the_processes_is_refused(both):
     assert {p["too small"] for p in both} == {"a batch of 1 for 2 processes: expected an image for each or more"}
+
+
+# --- what processes must not do apart from one another ----------------------------------------------------------------
+
+
+def test_an_experiment_is_refused_before_anything_is_locked(both, folder, tmp_path, monkeypatch):
+    message = "an experiment is measured by one process, and there are 2: start it without torchrun"
+    assert [p["apart"]["experiment"] for p in both] == [message] * 2
+    assert not (folder / "rows").exists()
+    for name in ranks.STARTED_BY_TORCHRUN:
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(RuntimeError, match=message):  # before the process has joined the others
+        RowStore(tmp_path / "rows.json")
+
+
+def test_networks_that_depend_on_the_share_are_marked(both):
+    for process in both:
+        assert process["apart"]["marked"] == list(two_ranks.DEPENDENT)
+        assert process["apart"]["random state kept"]
+
+
+@pytest.mark.parametrize("name", two_ranks.NO_MEANS)
+def test_a_loss_that_is_no_mean_over_images_is_refused_by_both(both, name):
+    first, second = (p["apart"]["refused"].get(name, "trained") for p in both)
+    assert first == second
+    assert re.match(r"the loss of two parts \(.+\) together is \S+, the mean .+: expected a mean over images; ", first)
+
+
+def test_a_checkpoint_that_only_rank_0_sees_serves_both(both):
+    first, second = (p["apart"]["resumed"] for p in both)
+    for found in (first, second):
+        assert (found["first"]["steps"], found["again"]["steps"]) == (two_ranks.STEPS, 0)
+        assert found["again"]["loss"] == first["first"]["loss"]
+        assert all(map(torch.equal, found["again"]["weights"].values(), first["first"]["weights"].values()))
+    assert first["damaged"] == second["damaged"].replace("seen by 1", "seen by 0")
+    assert "is not a checkpoint of this run (it is damaged" in first["damaged"]
+
+
+def test_dropout_draws_for_each_process_and_goes_on_as_without_a_stop(both):
+    first, second = (p["apart"]["masks"] for p in both)
+    for seen in (first, second):
+        assert len(seen["whole"]) == two_ranks.STEPS
+        assert all(map(torch.equal, seen["whole"], seen["stopped"]))
+    for one, other in zip(first["whole"], second["whole"], strict=True):
+        size = min(len(one), len(other))
+        assert not torch.equal(one[:size], other[:size])
 
 
 # --- batch norm ------------------------------------------------------------------------------------------------------

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from conftest import make_images
+from torch import nn
 
 import kdlib
 from kdlib import evaluate
 from kdlib.gpu import pick_device, ranks
+from kdlib.lab import RowStore
 from kdlib.records import artefacts, checkpoint
 from kdlib.scale import generate_compact
 
@@ -131,6 +133,171 @@ def save(folder: Path) -> dict:
     return did
 
 
+# --- what processes must not do apart from one another ----------------------------------------------------------------
+
+
+class Functional(nn.Module):
+    """Dropout that no module tells of."""
+
+    def forward(self, images):
+        return F.dropout(images, 0.01, self.training)
+
+
+class Centred(nn.Module):
+    """Each image beside the others of its batch."""
+
+    def forward(self, images):
+        return images - 0.01 * images.mean(0)
+
+
+class SinglePrecision(nn.Module):
+    """What cannot be tried in double precision."""
+
+    def forward(self, images):
+        return images @ torch.ones(8, 8, dtype=torch.float32)
+
+
+def network(*middle: nn.Module, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(*middle, nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4)).eval()
+
+
+DEPENDENT = {
+    "batch norm": nn.BatchNorm2d(1),
+    "dropout": nn.Dropout(0.5),
+    "functional dropout": Functional(),
+    "random slopes": nn.RReLU(),
+    "running statistics": nn.InstanceNorm2d(1, track_running_stats=True),
+    "a batch's mean": Centred(),
+    "what cannot be tried": SinglePrecision(),
+}
+INDEPENDENT = {"group norm": nn.GroupNorm(1, 1), "instance norm": nn.InstanceNorm2d(1), "nothing": nn.Identity()}
+
+
+def only_even(student_logits, labels):
+    return F.cross_entropy(student_logits[labels % 2 == 0], labels[labels % 2 == 0])
+
+
+def between_images(student_logits, labels):
+    return F.cross_entropy(student_logits - student_logits.mean(0), labels)
+
+
+def sure_only(student_logits, teacher_logits, labels):
+    sure = teacher_logits.softmax(1).amax(1) > 0.5
+    return F.cross_entropy(student_logits[sure], labels[sure])
+
+
+def labelled_only(student_logits, teacher_logits, labels):
+    return F.cross_entropy(student_logits[labels >= 0], labels[labels >= 0])
+
+
+NO_MEANS = {
+    "class weights": partial(F.cross_entropy, weight=torch.tensor([1.0, 5.0, 1.0, 0.2])),
+    **{f"class {number} ignored": partial(F.cross_entropy, ignore_index=number) for number in range(4)},
+    "a sum": partial(F.cross_entropy, reduction="sum"),
+    "some images": only_even,
+    "compared images": between_images,
+    "where the teacher is sure": sure_only,
+    "where there are labels": labelled_only,
+}
+
+
+class Same(nn.Module):
+    """The same logits for every image, as a last layer of zeros makes at first: no loss tells the images apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(4))
+
+    def forward(self, images):
+        return self.bias.expand(len(images), 4)
+
+
+def refusals() -> dict[str, str]:
+    """What is said of the losses that are no mean over images."""
+    said = {}
+    for name, loss_fn in NO_MEANS.items():
+        targets, data = None, make_images(47)
+        if loss_fn in (sure_only, labelled_only):
+            targets = kdlib.LiveTeacher(network())
+        if loss_fn is labelled_only:
+            data = replace(data, labels=data.labels.where(data.labels > 0, -1))
+        try:
+            kdlib.train(Same(), data, loss_fn, RECIPE, targets=targets, **QUIET)
+        except (ValueError, FloatingPointError) as error:  # the second where it was not refused
+            said[name] = str(error)
+    return said
+
+
+def resumed_apart(folder: Path) -> dict:
+    """A finished run whose file only rank 0 sees, and then a damaged one; each process makes a network of its own."""
+    path, found = folder / f"seen by {ranks.rank()}.partial", {}
+    go = partial(kdlib.train, data=make_images(47), loss_fn=F.cross_entropy, recipe=RECIPE, checkpoint=path, **QUIET)
+    for name in ("first", "again"):
+        model = kdlib.build("tiny_cnn", 4, 1, seed=ranks.rank())
+        with counted(training, "augment") as steps:
+            history = go(model)
+        found[name] = {"steps": len(steps), "loss": history.loss, "weights": model.state_dict()}
+        if ranks.rank():
+            path.unlink(missing_ok=True)
+            checkpoint.previous(path).unlink(missing_ok=True)
+    if not ranks.rank():
+        path.write_bytes(path.read_bytes()[:-1])
+        checkpoint.previous(path).unlink()
+    try:
+        go(kdlib.build("tiny_cnn", 4, 1))
+    except ValueError as error:
+        found["damaged"] = str(error)
+    return found
+
+
+def masks(folder: Path) -> dict[str, list[torch.Tensor]]:
+    """What dropout left of each step's images: in a run, and in one that was stopped in its third epoch."""
+    seen: dict[str, list[torch.Tensor]] = {"whole": [], "stopped": []}
+    augment, dropout = training.augment, F.dropout
+
+    def go(name: str, stop: int | None = None) -> None:
+        def watched(images, share, training, inplace):
+            outputs = dropout(images, share, training, inplace)
+            if training:
+                seen[name].append((outputs != 0).flatten())
+            return outputs
+
+        def stopping(*about):
+            if len(seen[name]) == stop:
+                raise InterruptedError
+            return augment(*about)
+
+        training.augment, F.dropout, path = stopping, watched, folder / f"{name}.partial"
+        try:
+            kdlib.train(network(nn.Dropout()), make_images(47), F.cross_entropy, RECIPE, checkpoint=path, **QUIET)
+        except InterruptedError:
+            del seen[name][STEPS // 2 :]  # what was not saved
+        finally:
+            training.augment, F.dropout = augment, dropout
+
+    go("whole")
+    go("stopped", stop=STEPS // 2 + 2)
+    go("stopped")
+    return seen
+
+
+def apart(folder: Path) -> dict:
+    """All of it, with a checkpoint after every epoch."""
+    checkpoint.CHECKPOINT_SECONDS, found = 0, {}
+    try:
+        RowStore(folder / "rows" / "rows.json")
+    except RuntimeError as error:
+        found["experiment"] = str(error)
+    images = make_images(2).example
+    layers = {**DEPENDENT, **INDEPENDENT}
+    models = {name: network(layer) for name, layer in layers.items()}
+    before = torch.get_rng_state()
+    found["marked"] = [name for name, model in models.items() if ranks.depends_on_processes(model, images)]
+    found["random state kept"] = torch.equal(before, torch.get_rng_state())
+    return found | {"refused": refusals(), "resumed": resumed_apart(folder), "masks": masks(folder)}
+
+
 def die(folder: Path) -> None:
     """Train with a checkpoint after every epoch, and have the second process fail."""
     augment, taken = training.augment, []
@@ -158,5 +325,6 @@ if __name__ == "__main__":
         )
     except ValueError as error:
         done["too small"] = str(error)
+    done["apart"] = apart(where)
     torch.save(done, where / f"rank{ranks.rank()}.pt")
     ranks.stop()

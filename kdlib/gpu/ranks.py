@@ -7,6 +7,7 @@ so every rank has to make the same calls in the same order. With a single proces
 
 from __future__ import annotations
 
+import copy
 import os
 from datetime import timedelta
 from typing import TypeVar
@@ -38,6 +39,17 @@ def stop() -> None:
     """Leave the other processes, at the end of a program."""
     if world() > 1:
         dist.destroy_process_group()
+
+
+def refuse_several(what: str) -> None:
+    """RuntimeError if ``torchrun`` started other processes together with this one, whether it has joined them or not.
+
+    Args:
+        what: what one process makes.
+    """
+    started = int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in STARTED_BY_TORCHRUN) else 1
+    if (count := max(world(), started)) > 1:
+        raise RuntimeError(f"{what} by one process, and there are {count}: start it without torchrun")
 
 
 def rank() -> int:
@@ -111,10 +123,37 @@ def share_buffers(model: nn.Module) -> None:
         dist.broadcast(buffer, src=0)
 
 
-def depends_on_processes(model: nn.Module) -> bool:
-    """Whether `model` learns something else with several processes than with one, beyond rounding.
+def depends_on_processes(model: nn.Module, images: Tensor) -> bool:
+    """Whether `model` may learn something else with several processes than with one, beyond rounding.
 
-    Batch norm takes the statistics of a rank's own images, and dropout draws for them alone.
+    Batch norm takes the statistics of a rank's own images, and dropout draws for them alone. Other networks are tried
+    in train mode, on a copy: whether they draw random numbers, change buffers, or see one image beside another.
+
+    Args:
+        images: (B, C, H, W), of the shape that the network is going to see.
     """
     kinds = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
-    return world() > 1 and any(isinstance(module, kinds) for module in model.modules())
+    return any(isinstance(module, kinds) for module in model.modules()) or _looks_beyond_an_image(model, images)
+
+
+def _looks_beyond_an_image(model: nn.Module, images: Tensor) -> bool:
+    """What :func:`depends_on_processes` tries; True if it cannot be tried.
+
+    It runs on the CPU in double precision, where what is left of rounding is far from what a network depends on.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, *images.shape[1:], generator=generator, dtype=torch.float64)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            tried = copy.deepcopy(model).to("cpu", torch.float64).train()
+            before = {name: buffer.clone() for name, buffer in tried.named_buffers()}
+            random = torch.get_rng_state()
+            whole = tried(images)
+            if not torch.equal(random, torch.get_rng_state()):
+                return True
+            if any(not torch.equal(buffer, before[name]) for name, buffer in tried.named_buffers()):
+                return True
+            halves = torch.cat([tried(half) for half in images.chunk(2)])
+            return not torch.allclose(whole, halves, rtol=0, atol=1e-9 * whole.abs().max().item())
+        except Exception:  # a network of the reader's own may raise anything, such as where it needs single precision
+            return True

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kdlib import gpu
 from kdlib.checks.fits import check_labels
+from kdlib.checks.means import check_mean
 from kdlib.data import Batch, ImageSet, Targets, draw_epoch, steps_per_epoch
 from kdlib.losses import at_least_float32
 from kdlib.records import identity
@@ -201,12 +202,8 @@ def _check_mean(loss_fn: Callable, loss: Tensor, given: Sequence[Tensor], member
     """ValueError if the loss of all networks' images together is not the mean of the networks' own losses."""
     with torch.no_grad():
         own = torch.stack([loss_fn(*part) for part in zip(*(rows.chunk(members) for rows in given), strict=True)])
-    if not torch.isclose(own.mean(), loss.detach(), rtol=1e-3, atol=1e-6, equal_nan=True):
-        raise ValueError(
-            f"the loss of {members} networks together is {loss.item():.6g}, the mean of their own losses "
-            f"{own.mean().item():.6g}: expected a mean over images; train with kdlib.train, one at a time, if the loss "
-            "compares the images of a batch"
-        )
+    advice = "train with kdlib.train, one at a time, if the loss compares the images of a batch"
+    check_mean(loss, own.mean(), f"{members} networks", advice)
 
 
 def _same(things: Sequence) -> list[list[int]]:

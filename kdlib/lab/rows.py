@@ -36,9 +36,11 @@ class RowStore:
 
     Raises:
         ValueError: the file exists and is not a row store's, or a row in it was changed.
+        RuntimeError: ``torchrun`` started several processes.
     """
 
     def __init__(self, path: Path, **about: object):
+        gpu.ranks.refuse_several("an experiment is measured")  # which locks its file and waits for nobody
         self.path, self.about = Path(path), about
         self.rows: list[dict] = []  # those asked for, measured in this run or before
         self._read()
@@ -240,8 +242,7 @@ def weighted(experiment: Mapping, measure: str, weights: Mapping[str, float]) ->
     by_seed = {case: values(experiment, case, measure) for case in weights}
     seeds = sorted(set.intersection(*map(set, by_seed.values())))
     if not seeds:
-        cases = " and ".join(map(repr, weights))
-        raise ValueError(f"cases {cases} share no seed: expected the same seeds in all")
+        raise ValueError(f"cases {' and '.join(map(repr, weights))} share no seed: expected the same seeds in all")
     by_image = {case: _truth_values(experiment, measure, case, seeds) for case in weights}
     if any(array is None for array in by_image.values()):
         by_image = {case: np.array([[own[seed]] for seed in seeds]) for case, own in by_seed.items()}
@@ -290,8 +291,7 @@ def _row(job: Job, fingerprint: str, seconds: float, measures: Mapping[str, obje
     row = {"case": case, "seed": seed, "fingerprint": fingerprint, "sha256": None}
     row |= {"device": gpu.device_name(gpu.pick_device()), "seconds": round(seconds, 3), **numbers}
     row |= {"by image": by_image} if by_image else {}
-    row["sha256"] = _sha256(row)
-    return row
+    return row | {"sha256": _sha256(row)}
 
 
 def _sha256(row: Mapping) -> str:

@@ -28,7 +28,8 @@ class Checkpoint:
 
     As a context manager it catches Ctrl-C and SIGTERM: the epoch is finished and saved, and then the signal takes its
     course. The second time it does so at once. Meanwhile the global random numbers, which dropout draws from, are the
-    run's own too: seeded as the first generator is, or as they were in the file. The caller's come back afterwards.
+    run's own too: seeded as the first generator is, or as they were in the file; with several processes, in every
+    epoch by the first generator and the rank. The caller's come back afterwards.
 
     Args:
         path: the file; None: nothing is kept, and signals are as they were.
@@ -42,12 +43,15 @@ class Checkpoint:
         self.device = generators[0].device
         self.saved_at, self.cost = time.perf_counter(), 0.0  # seconds that the last one took
         self.received, self.handlers = None, {}
-        self.random = _seeded(generators[0])  # the states of the global generators, by kind of device
+        self.random = _seeded(
+            self.device, generators[0].initial_seed()
+        )  # the states of the global generators, by kind of device
         self.callers: dict[str, torch.Tensor] = {}
 
     def __enter__(self) -> Checkpoint:
         self.callers = _random_states(self.device)
         _set_random_states(self.random, self.device)
+        self._seed_by_rank()
         if self.path is not None and threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -75,34 +79,43 @@ class Checkpoint:
 
         Random numbers of one kind of device do not go on on another: a warning says so, and they start afresh.
 
+        Rank 0 reads for all: the others need not see the file, and go on from the same epoch or refuse it together.
+
         Raises:
             ValueError: the file is damaged, and so is the one before it; or it is of another run.
         """
+        state, reason = ranks.broadcast(self._find() if not ranks.rank() else None)
+        if reason:
+            raise ValueError(f"{self.path} is not a checkpoint of this run ({reason}): move it away to start afresh")
+        if not state:
+            return {}
+        if ranks.rank():
+            self._restore(state)
+        if state["device"] != (device := self.device.type):
+            warnings.warn(
+                f"{self.path} was written on {state['device']}, and training goes on on {device}: its random numbers "
+                "start afresh there, so the result is not that of a run without interruption; delete the file to "
+                "train from the beginning",
+                stacklevel=3,
+            )
+        return state["history"]
+
+    def _find(self) -> tuple[dict, str]:
+        """What is in the file, restored, or in the one before it; {} without a file, and why if it is refused."""
         refused: list[Exception] = []
         for file in (self.path, previous(self.path)) if self.path is not None else ():
-            if not ranks.broadcast(file.exists()):
+            if not file.exists():
                 continue
             try:
                 state = self._load(file)
+                self._restore(state)
             except Exception as error:
                 refused.append(error)
                 continue
             if refused:
                 print(f"{self.path} is damaged ({artefacts.short_reason(refused[0])}): going on from the one before it")
-            if state["device"] != (device := self.device.type):
-                warnings.warn(
-                    f"{file} was written on {state['device']}, and training goes on on {device}: its random numbers "
-                    "start afresh there, so the result is not that of a run without interruption; delete the file to "
-                    "train from the beginning",
-                    stacklevel=3,
-                )
-            return state["history"]
-        if refused:
-            raise ValueError(
-                f"{self.path} is not a checkpoint of this run ({artefacts.short_reason(refused[0])}): move it away to "
-                "start afresh"
-            ) from refused[0]
-        return {}
+            return state, ""
+        return {}, artefacts.short_reason(refused[0]) if refused else ""
 
     def _load(self, file: Path) -> dict:
         with files.open_plain(file) as opened:
@@ -114,6 +127,9 @@ class Checkpoint:
             raise ValueError(
                 "it is of a run with another network, other first weights, other data, another objective or recipe"
             )
+        return state
+
+    def _restore(self, state: dict) -> None:
         for name, part in self.parts.items():
             if isinstance(part, torch.optim.Optimizer):  # its settings are this device's, and the recipe's
                 state[name]["param_groups"] = part.state_dict()["param_groups"]
@@ -124,7 +140,17 @@ class Checkpoint:
             for generator, own in zip(self.generators, saved, strict=True):
                 generator.set_state(own)
         self.random |= {kind: saved for kind, saved in state.get("random", {}).items() if kind in self.random}
-        return state
+
+    def _seed_by_rank(self) -> None:
+        """With several processes, seed the global generators for the epoch to come, on each rank with another number.
+
+        Else dropout would draw the same on all. The first generator is alike on all, and no epoch leaves it as it was:
+        it and the rank tell the numbers, so those of one rank need not be in the file for all to go on as they would.
+        """
+        if ranks.world() > 1:
+            seed = self.generators[0].get_state().numpy().tobytes() + str(ranks.rank()).encode()
+            number = int.from_bytes(hashlib.sha256(seed).digest()[:4], "big")
+            _set_random_states(_seeded(self.device, number), self.device)
 
     def save(self, history: dict) -> None:
         """Write all of it, if the last time is long enough ago; and if a signal came, let it take its course.
@@ -145,6 +171,7 @@ class Checkpoint:
         if self.received is not None:
             ranks.barrier()  # rank 0 has written it
             self._obey(self.received)
+        self._seed_by_rank()
 
     def _write(self, history: dict) -> None:
         state = {name: part.state_dict() for name, part in self.parts.items()}
@@ -162,9 +189,9 @@ class Checkpoint:
             files.replace(partial, self.path)
 
 
-def _seeded(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """The states that global generators have once they are seeded as `generator` was: the CPU's and its device's."""
-    devices, seed = {"cpu": "cpu", generator.device.type: generator.device}, generator.initial_seed()
+def _seeded(device: torch.device, seed: int) -> dict[str, torch.Tensor]:
+    """The states that global generators have once they are seeded so: the CPU's and that of `device`."""
+    devices = {"cpu": "cpu", device.type: device}
     return {kind: torch.Generator(device).manual_seed(seed).get_state() for kind, device in devices.items()}
 
 

@@ -51,7 +51,7 @@ def fingerprint(
         "targets": None if targets is None else targets.identity,
         "recipe": asdict(recipe),
     }
-    if ranks.depends_on_processes(model):
+    if ranks.world() > 1 and ranks.depends_on_processes(model, data.example):
         made_from["processes"] = ranks.world()
     return made_from
 
