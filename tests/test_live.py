@@ -412,9 +412,13 @@ def test_a_finger_draws_and_does_not_scroll(fingers, digits):
 
 def test_a_second_finger_draws_nothing(fingers):
     place, at = fingers.place, fingers.at
+
+    def width():  # of what was drawn: the browser may join movements, so pixels differ from time to time
+        return int((seen_by_the_network(place) > 64).any(axis=0).sum())
+
     place.get_by_role("button", name="Clear").tap()
     fingers.move(line(at(0.2, 0.9), at(0.2, 0.1)))
-    one = seen_by_the_network(place)
+    one = width()
     place.get_by_role("button", name="Clear").tap()
     fingers.move(line(at(0.2, 0.9), at(0.2, 0.1)), line(at(0.8, 0.9), at(0.8, 0.1)))
-    assert (seen_by_the_network(place) == one).all()
+    assert 1 <= width() <= one + 2
