@@ -6,15 +6,20 @@ CHAPTERS ?=
 PARAMS   ?=
 GRID     ?=
 RUNS     ?=
+OPTIONS  ?= --role distilled --profile quick
+PROCESSES ?= 1
 
 TOOLS  = .venv/bin/python tools
 CHOSEN = --profile "$(PROFILE)" --chapters "$(CHAPTERS)"
 
-.PHONY: book sweep runs compare test site audit publish status bench
+.PHONY: book train sweep runs compare test site audit publish status bench
 .DEFAULT_GOAL := book
 
 book: .venv/.installed    ## run the chapters, render them, print the results and where the page is
 	@$(TOOLS)/book.py book $(CHOSEN) --params "$(PARAMS)"
+
+train: .venv/.installed   ## a teacher or students, on PROCESSES processes or GPUs; OPTIONS are those of python -m kdlib train
+	@.venv/bin/torchrun --nproc-per-node $(PROCESSES) -m kdlib train $(OPTIONS)
 
 sweep: .venv/.installed   ## the chapters with every combination of GRID="temperature=1,2,4 seed=0,1,2"
 	@$(TOOLS)/book.py sweep $(CHOSEN) --grid "$(GRID)"

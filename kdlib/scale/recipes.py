@@ -4,6 +4,7 @@ Each role trains or makes what it needs, and finds again what is there:
 
     python -m kdlib train --recipe tiny_imagenet --data ~/data/tiny-imagenet-200 --role distilled
     torchrun --nproc-per-node 8 -m kdlib train --recipe imagenet --data /data/imagenet --role distilled
+    make train PROCESSES=8 OPTIONS="--recipe imagenet --data /data/imagenet --role distilled"
 
 The folders are as their publishers lay them out. TinyImageNet's archive unpacks to it:
 
