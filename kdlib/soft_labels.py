@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib import gpu
-from kdlib.checks.logits import check_finite, examine
+from kdlib.checks.logits import check_finite, check_pairing, check_plain, examine
 from kdlib.data import Batch, ImageSet
 from kdlib.evaluate import outputs_of, predict_logits
 from kdlib.gpu import ranks
@@ -35,11 +35,7 @@ class SoftLabels(Targets):
 
     def __call__(self, batch: Batch) -> Tensor:
         """The teacher's logits (B, C) float32 for those images in those views."""
-        if batch.views is None:
-            raise ValueError(
-                "these images were changed by cutout or mixup after their view was drawn: soft labels hold plain views "
-                "only; set cutout and mixup to 0 in the student's recipe, or use LiveTeacher"
-            )
+        check_plain(batch)
         return at_least_float32(self.logits[batch.views, batch.indices])
 
     @property
@@ -63,17 +59,7 @@ class SoftLabels(Targets):
     def check(self, data: ImageSet, recipe: Recipe) -> None:
         """Raise ValueError if these are not the soft labels of `data` in every view that `recipe` draws."""
         check_array(self.logits, data)
-        if self.data != data.identity:
-            raise ValueError(
-                f"the soft labels are of {self.data}, the images of {data.identity}: expected the same "
-                "images in the same order; generate them for these (chapter 03)"
-            )
-        wanted = data.resolve_views(recipe.views)
-        if wanted > self.views:
-            raise ValueError(
-                f"the student would see {wanted} views, the soft labels hold {self.views}: generate more views "
-                f"(chapter 03), or set views={self.views} in the student's recipe"
-            )
+        check_pairing(self.data, self.views, data, data.resolve_views(recipe.views))
 
 
 class LiveTeacher(Targets):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdlib.data import ImageSet
+from kdlib.data import Batch, ImageSet
 from kdlib.evaluate import predict_logits
 
 FEWEST = 20  # labelled images from which on an agreement is worth a warning
@@ -107,3 +107,32 @@ def _compare(predicted: Tensor, labels: Tensor, names: Sequence[str]) -> None:
             "kdlib.adapt_teacher(classes=...)"
         )
     warnings.warn(f"the teacher agrees with {agreed:.0%} of {len(labels):,} training labels. {reason}", stacklevel=4)
+
+
+def check_pairing(made_for: str, views: int, data: ImageSet, wanted: int) -> None:
+    """Raise ValueError unless soft labels are of `data` and hold as many views as a student sees.
+
+    Args:
+        made_for: the identity of the images that they are for.
+        views: how many views of each image they hold.
+        wanted: how many the student sees.
+    """
+    if made_for != data.identity:
+        raise ValueError(
+            f"the soft labels are of {made_for}, the images of {data.identity}: expected the same images in the same "
+            "order; generate them for these (chapter 03)"
+        )
+    if wanted > views:
+        raise ValueError(
+            f"the student would see {wanted} views, the soft labels hold {views}: generate more views (chapter 03), or "
+            f"set views={views} in the student's recipe"
+        )
+
+
+def check_plain(batch: Batch) -> None:
+    """Raise ValueError if images of a batch are no plain views, of which alone soft labels hold logits."""
+    if batch.views is None:
+        raise ValueError(
+            "these images were changed by cutout or mixup after their view was drawn: soft labels hold plain views "
+            "only; set cutout and mixup to 0 in the student's recipe, or use LiveTeacher"
+        )

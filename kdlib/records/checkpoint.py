@@ -43,9 +43,8 @@ class Checkpoint:
         self.device = generators[0].device
         self.saved_at, self.cost = time.perf_counter(), 0.0  # seconds that the last one took
         self.received, self.handlers = None, {}
-        self.random = _seeded(
-            self.device, generators[0].initial_seed()
-        )  # the states of the global generators, by kind of device
+        # the states of the global generators, by kind of device
+        self.random = _seeded(self.device, generators[0].initial_seed())
         self.callers: dict[str, torch.Tensor] = {}
 
     def __enter__(self) -> Checkpoint:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdlib.checks.logits import check_pairing, check_plain
 from kdlib.data import Batch, ImageSet, Targets
 from kdlib.records import identity
 from kdlib.soft_labels import SoftLabels
@@ -121,11 +122,7 @@ class CompactSoftLabels(Targets):
 
     def __call__(self, batch: Batch) -> Tensor:
         """The logits (B, C) float32 for those images in those views; all but k of them are one common value."""
-        if batch.views is None:
-            raise ValueError(
-                "these images were changed by cutout or mixup after their view was drawn: soft labels hold plain views "
-                "only; set cutout and mixup to 0 in the student's recipe, or use LiveTeacher"
-            )
+        check_plain(batch)
         return self.layout.decode(self.table[batch.views, batch.indices])
 
     @property
@@ -155,17 +152,7 @@ class CompactSoftLabels(Targets):
 
     def check(self, data: ImageSet, recipe: Recipe) -> None:
         """Raise ValueError if these are not the soft labels of `data` in every view that `recipe` draws."""
-        if self.data != data.identity:
-            raise ValueError(
-                f"the soft labels are of {self.data}, the images of {data.identity}: expected the same "
-                "images in the same order; generate them for these (kdlib.scale.generate_compact)"
-            )
-        wanted = data.resolve_views(recipe.views)
-        if wanted > self.views:
-            raise ValueError(
-                f"the student would see {wanted} views, the soft labels hold {self.views}: generate more views, or set "
-                f"views={self.views} in the student's recipe"
-            )
+        check_pairing(self.data, self.views, data, data.resolve_views(recipe.views))
 
 
 def compress(soft_labels: SoftLabels, k: int) -> CompactSoftLabels:
