@@ -138,6 +138,12 @@ def test_what_was_stopped_goes_on_at_its_checkpoint(students, folder, capsys, mo
     assert all(value.equal(whole[name]) for name, value in continued.items())
 
 
+def test_a_seed_that_is_not_the_candidates_is_refused(students, folder, capsys):
+    assert students.main(["train", "a", *LITTLE, "--seeds", "0", "2"]) == 2
+    assert "--seeds has 2: expected some of 0, 1" in capsys.readouterr().err
+    assert not folder.exists()
+
+
 def test_the_time_is_over_after_so_many_minutes(students):
     with pytest.raises(students.Failed, match="stopped before all was trained"), students.stopping_after(0):
         time.sleep(30)

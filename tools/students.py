@@ -28,7 +28,7 @@ import stale
 import torch
 import torch.nn.functional as F
 from candidates import CANDIDATES, Training, trainings
-from notebooks import BOOK, Failed, choices, exit_status
+from notebooks import BOOK, Failed, Refused, choices, exit_status
 from records import keep, pin
 
 import book
@@ -85,7 +85,11 @@ def stopping_after(minutes: float) -> Iterator[None]:
 def train(options: argparse.Namespace) -> None:
     """Train what a candidate lacks."""
     settings = resolved(options)
-    wanted = [t for t in trainings(options.candidate, settings) if options.seeds is None or t.seed in options.seeds]
+    wanted = trainings(options.candidate, settings)
+    if options.seeds is not None:
+        if unknown := sorted(set(options.seeds) - (known := {one.seed for one in wanted})):
+            raise Refused(f"--seeds has {unknown[0]}: expected some of {', '.join(map(str, sorted(known)))}")
+        wanted = [one for one in wanted if one.seed in options.seeds]
     with stopping_after(options.minutes):
         data = kdlib.load_data(settings.dataset, **settings.images)
         distilled = any(one.role == "distilled" for one in wanted)
