@@ -7,7 +7,7 @@ import pytest
 import torch
 from workshop import ROOT, tool
 
-from kdlib import build, predict_logits
+from kdlib import build, count_parameters, predict_logits
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +70,79 @@ def test_the_command(bench, page, monkeypatch, tmp_path, capsys):
     assert "train a student with the live teacher" in capsys.readouterr().out
     found = json.loads((tmp_path / "published" / "bench-cpu.json").read_text())
     assert json.loads((tmp_path / "bench-cpu.json").read_text()) == found
+    assert "pair" not in found  # which takes a GPU
     assert page.PAGE.read_text() == f"a\n<!-- bench: begin -->\n{page.shown(found)}<!-- bench: end -->\nb\n"
 
 
 def test_the_page_shows_what_was_recorded(page):
     shown = page.shown(page.recorded())
     assert f"<!-- bench: begin -->\n{shown}<!-- bench: end -->" in page.PAGE.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def pair(page):
+    import bench_pair
+
+    assert bench_pair.bench_page is page
+    return bench_pair
+
+
+def test_the_pair_is_measured_in_little(pair):
+    found = pair.measure(pair.MINIATURE, CPU)
+    assert (found["images"], found["batch_size"], found["peak_memory_gb"]) == (16, 8, None)
+    assert found["seconds_an_epoch"] > 0
+    assert found["theirs"]["seconds_an_epoch"] == 12.4
+    assert found["device"].startswith("CPU")
+
+
+def test_the_pair_is_that_of_the_papers(pair):
+    sizes = [count_parameters(build(name, pair.PAIR.classes)) for name in (pair.PAIR.teacher, *pair.PAIR.students)]
+    assert sizes == [2_255_156, 703_284]  # with 100 classes
+    assert (pair.PAIR.images, pair.PAIR.size, pair.PAIR.batch_size) == (50_000, 32, 64)
+
+
+def test_the_page_shows_the_pair_if_it_was_measured(pair, page):
+    found = page.recorded()
+    found.pop("pair", None)
+    without = page.shown(found)
+    own = {"seconds_an_epoch": 1.55, "images": 50_000, "batch_size": 64, "theirs": pair.THEIRS}
+    own |= {"device": "a GPU", "torch": "2.11.0", "date": "2026-12-24"}
+    shown = page.shown(found | {"pair": own})
+    assert shown.startswith(without)
+    assert "**1.55 s per epoch** of 50,000 images (a GPU, torch 2.11.0, 2026-12-24)" in shown
+    assert "took 12.4 s on an H100" in shown
+    assert "8.0 times as long" in shown
+
+
+def test_the_command_for_the_pair(isolated, pair, page, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(page, "PUBLISHED", tmp_path / "published")
+    monkeypatch.setattr(page, "PAGE", tmp_path / "speed.md")
+    for options, message in (([], "there is none"), (["--miniature", "--publish"], "measures nothing to publish")):
+        assert pair.main(options) == 2
+        assert message in capsys.readouterr().err
+    assert pair.main(["--miniature"]) == 0
+    assert "A pair that many papers share" in capsys.readouterr().out
+    assert json.loads((tmp_path / "outputs" / "bench-pair-cpu.json").read_text())["images"] == 16
+    assert not page.PUBLISHED.exists()
+
+
+def test_the_pair_joins_the_published_bench_and_changes_nothing_else_in_it(pair, page, monkeypatch, tmp_path, capsys):
+    published, found = tmp_path / "published" / "bench-cuda.json", page.recorded()
+    monkeypatch.setenv("KDLIB_OUTPUTS", str(tmp_path))
+    monkeypatch.setattr(page, "PUBLISHED", published.parent)
+    monkeypatch.setattr(page, "PAGE", tmp_path / "speed.md")
+    monkeypatch.setattr(pair.gpu, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(pair, "measure", lambda s, device: measured)
+    measured = {"seconds_an_epoch": 1.55, "images": 50_000, "batch_size": 64, "theirs": pair.THEIRS}
+    measured |= {"device": "a GPU", "torch": "2.11.0", "date": "2026-12-24"}
+    assert pair.main(["--publish"]) == 2
+    assert "bench-cuda.json is not there" in capsys.readouterr().err
+    published.parent.mkdir()
+    published.write_text(json.dumps(found))
+    page.PAGE.write_text("<!-- bench: begin -->\n<!-- bench: end -->\n")
+    assert pair.main(["--publish"]) == 0
+    assert json.loads(published.read_text()) == found | {"pair": measured}
+    assert pair.bench_page.shown_pair(measured) in page.PAGE.read_text()
 
 
 def test_what_a_checkpoint_costs_is_measured_in_pairs(monkeypatch, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""How fast the book's code is: four cases, each beside the loop that most tutorials use.
+"""How fast the book's code is: four cases, each beside the loop that most tutorials use, and RepDistiller's pair.
 
     python tools/bench.py                  # a table, and outputs/bench-<device>.json
     python tools/bench.py --publish        # and the page of the book with it
@@ -14,14 +14,12 @@ import dataclasses
 import datetime
 import os
 import sys
-import time
-from collections.abc import Callable
-from functools import partial
 
 import bench_page
-import numpy as np
+import bench_pair
 import torch
 import torch.nn.functional as F
+from bench_epochs import LIVE, SOFT_LABELS, STUDENT, TEACHER, Setting, kdlib_epochs, noise, seconds
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,30 +28,6 @@ from torchvision import transforms
 import kdlib
 from kdlib import data, gpu, plots, profiles
 from kdlib.records import artefacts
-
-TEACHER, SOFT_LABELS, STUDENT, LIVE = (
-    "train the teacher",
-    "generate soft labels",
-    "train a student from soft labels",
-    "train a student with the live teacher",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What the cases are measured on."""
-
-    images: int  # in the training set
-    size: int  # pixels, height and width
-    channels: int
-    padding: int  # pixels
-    teacher: str
-    students: tuple[str, ...]
-    batch_size: int
-    epochs: int  # timed, after one that is not; as many views are generated, so no more than there are
-    matrix: int  # rows of the square matrices whose product shows what the device can do
-    workers: tuple[int, ...]  # of the tutorial's DataLoader; the best is taken
-    tutorial_share: float  # of the images that the tutorial's loop is timed on
 
 
 def setting(device: torch.device) -> Setting:
@@ -70,40 +44,7 @@ def cases(s: Setting) -> list[tuple[str, str]]:
     return [(TEACHER, s.teacher), (SOFT_LABELS, s.teacher)] + [(c, n) for c in (STUDENT, LIVE) for n in s.students]
 
 
-def noise(s: Setting, count: int) -> data.ImageSet:
-    """Images of that size and number, of ten classes."""
-    random = np.random.default_rng(0)
-    return data.ImageSet(
-        name=f"noise{count}/train",
-        images=torch.from_numpy(random.integers(0, 256, (count, s.size, s.size, s.channels), dtype=np.uint8)),
-        labels=torch.from_numpy(random.integers(0, 10, count)),
-        class_names=tuple(map(str, range(10))),
-        mean=(0.5,) * s.channels,
-        std=(0.25,) * s.channels,
-        padding=s.padding,
-        flip=s.channels == 3,
-    )
-
-
 # --- what is measured ----------------------------------------------------------------------------------------------
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the queued work; otherwise only the queueing would be timed."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(work: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """The median time of one call."""
-    times = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
 
 
 def matrix_flops(rows: int, device: torch.device) -> float:
@@ -117,32 +58,10 @@ def matrix_flops(rows: int, device: torch.device) -> float:
 
 def forward_flops(network: str, s: Setting) -> float:
     """Floating-point operations of a forward pass of one image; a multiplication and an addition count as two."""
-    model = kdlib.build(network, 10, s.channels).eval()
+    model = kdlib.build(network, s.classes, s.channels).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, s.channels, s.size, s.size))
     return counter.get_total_flops()
-
-
-def kdlib_epochs(case: str, network: str, s: Setting, count: int, device: torch.device) -> tuple[float, float]:
-    """Seconds before the first timed epoch (compilation, warm-up), and seconds per epoch, with kdlib."""
-    images = noise(s, count)
-    teacher = kdlib.build(s.teacher, 10, s.channels).to(device).eval()
-    if case == SOFT_LABELS:
-        first = seconds(lambda: kdlib.generate(teacher, images, 1, device=device, progress=False), device)
-        again = seconds(lambda: kdlib.generate(teacher, images, s.epochs, device=device, progress=False), device)
-        return first, again / s.epochs
-    loss_fn, targets, views = F.cross_entropy, None, None
-    if case != TEACHER:
-        loss_fn = partial(kdlib.distillation_loss, temperature=4.0, alpha=0.1)
-        targets = kdlib.LiveTeacher(teacher)
-    if case == STUDENT:
-        views = 2
-        logits = torch.from_numpy(kdlib.generate(teacher, images, views, device=device, progress=False))
-        targets = kdlib.SoftLabels(logits, data=images.identity)
-    model = kdlib.build(network, 10, s.channels)
-    recipe = kdlib.Recipe(1 + s.epochs, s.batch_size, 0.05, views=views)
-    history = kdlib.train(model, images, loss_fn, recipe, targets=targets, device=device, progress=False)
-    return history.seconds[0], float(np.median(np.diff(history.seconds)))
 
 
 # --- the loop that most tutorials use ------------------------------------------------------------------------------
@@ -182,10 +101,10 @@ def tutorial_epoch(case: str, network: str, s: Setting, count: int, device: torc
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
     )
-    teacher = kdlib.build(s.teacher, 10, s.channels).to(device).eval()
-    model = kdlib.build(network, 10, s.channels).to(device)
+    teacher = kdlib.build(s.teacher, s.classes, s.channels).to(device).eval()
+    model = kdlib.build(network, s.classes, s.channels).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    looked_up = torch.randn(len(images), 10, device=device)
+    looked_up = torch.randn(len(images), s.classes, device=device)
 
     def generate() -> None:
         with torch.no_grad():
@@ -283,6 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
     for case, network in cases(s):
         print(f"{case}, {network} …", flush=True)
         found["cases"].append(measure(case, network, s, device, peak))
+    if device.type == "cuda":
+        found["pair"] = bench_pair.measure(bench_pair.PAIR, device)
     path = profiles.outputs_folder() / f"bench-{device.type}.json"
     artefacts.save_json(path, found)
     if options.publish:

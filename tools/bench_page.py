@@ -51,15 +51,29 @@ def growth_rows(found: dict) -> tuple[list[str], list[list[str]]]:
     return header, [[r["case"], r["network"], *own] for r, own in zip(found["cases"], times, strict=True)]
 
 
+def shown_pair(pair: dict) -> str:
+    """What ``tools/bench_pair.py`` measured, in Markdown."""
+    theirs = pair["theirs"]
+    return (
+        f"**A pair that many papers share.** A WRN-16-2 that is distilled from a live WRN-40-2 (100 classes, 32×32 "
+        f"pixels, batches of {pair['batch_size']}) takes **{pair['seconds_an_epoch']:.3g} s per epoch** of "
+        f"{pair['images']:,} images ({pair['device']}, torch {pair['torch']}, {pair['date']}). The loop of "
+        f"[RepDistiller]({theirs['source']}) took {theirs['seconds_an_epoch']:g} s on {theirs['device']}, with its "
+        f"defaults (float32, 8 loader workers): {theirs['seconds_an_epoch'] / pair['seconds_an_epoch']:.1f} times as "
+        "long."
+    )
+
+
 def shown(found: dict) -> str:
-    """The tables in Markdown, with what they were measured on."""
+    """The tables in Markdown, with what they were measured on, and the pair if it was measured."""
     batch = found["cases"][0]["batch_size"]
     times, limits, growth = (plots.table(*table(found)).data for table in (rows, limit_rows, growth_rows))
     where = (
         f"{found['device']}, torch {found['torch']}, {found['date']}; batches of {batch}; a large matrix product "
         f"reaches {found['matrix_tflops']:.3g} TFLOP/s there."
     )
-    return f"\n{times}\n\n{limits}\n\n{where}\n\n{growth}\n\n"
+    pair = f"{shown_pair(found['pair'])}\n\n" if "pair" in found else ""
+    return f"\n{times}\n\n{limits}\n\n{where}\n\n{growth}\n\n{pair}"
 
 
 def publish(found: dict) -> None:

@@ -4,6 +4,7 @@ rows      the row store: one row per case and seed     claims   comparisons of r
 training  setups trained and measured                  batched  many small networks in one program
 teachers  one for each seed                            search   learning rates and the like, for all sides alike
 replication  the verdicts of one run, of a second, and of both
+students  those beside the book's own, as they are published
 """
 
 from kdlib.lab.batched import train_many
