@@ -12,7 +12,7 @@ from workshop import ROOT, copy_tree, tool
 
 import kdlib
 from kdlib import published
-from kdlib.lab.students import load_students, published_students, record_rows, student_rows
+from kdlib.lab.students import load_students, published_results, published_students, record_rows, student_rows
 from kdlib.models import build, count_parameters
 from kdlib.records import artefacts, fetch
 from kdlib.train import History
@@ -330,6 +330,19 @@ def test_the_rows_of_students():
     header, rows = student_rows(document)
     assert header == ["network", "parameters", "file, MB", "alone", "distilled", "gain, points", "seeds"]
     assert rows == [["one", "1,234,567", "4.99", "90.50 ± 0.71 %", "91.75 ± 0.35 %", "+1.25", "2"]]
+    about = {"parameters": 1000, "size_mb": 0.25, "seeds": [0], "network": "own"}
+    own = [about | {"role": role, "accuracy": [share]} for role, share in (("student", 0.5), ("distilled", 0.6))]
+    teacher = about | {"role": "teacher", "network": "large", "accuracy": [0.9]}
+    lacking = about | {"role": "student", "network": "other", "accuracy": [0.9]}
+    _, together = student_rows(document, {"runs": [teacher, *own, lacking]})
+    assert together == [["own", "1,000", "0.25", "50.00 %", "60.00 %", "+10.00", "1"], *rows]
+
+
+def test_the_published_results_are_those_of_the_clone(monkeypatch, tmp_path):
+    _, rows = student_rows(None, published_results())
+    assert [row[0] for row in rows][:2] == ["cnn", "wide_resnet14"]
+    monkeypatch.setattr("kdlib.lab.students.clone_folder", lambda: tmp_path)
+    assert published_results() is None
 
 
 def test_the_rows_of_the_record_begin_with_the_best_on_validation():

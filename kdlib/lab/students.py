@@ -1,4 +1,4 @@
-"""Students beside the book's own, as ``tools/students.py`` publishes them: what a chapter shows of them."""
+"""The published students of profile full, and those beside them that ``tools/students.py`` publishes, as tables."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kdlib.evaluate import percent
+from kdlib.evaluate import load_results, percent
 from kdlib.profiles import outputs_folder
 from kdlib.records.documents import NUMBER, load_document, mismatch
-from kdlib.records.fetch import published_file
+from kdlib.records.fetch import clone_folder, published_file
 
 _RUN = {"candidate": str, "kind": str, "role": str, "network": str, "parameters": int, "size_mb": NUMBER}
 _RUN |= {"seeds": [int], "validation_accuracy": [NUMBER], "seconds": [NUMBER], "device": str, "recipe": dict}
@@ -41,18 +41,29 @@ def load_students(path: Path) -> dict:
     return document
 
 
-def student_rows(document: Mapping | None) -> tuple[list[str], list[list[str]]]:
+def published_results(profile: str = "full") -> dict | None:
+    """The results of a profile's own networks that the clone publishes; None if there are none."""
+    path = (clone := clone_folder()) and clone / "book" / "published" / profile / "results.json"
+    return load_results(path) if path and path.exists() else None
+
+
+def student_rows(document: Mapping | None, results: Mapping | None = None) -> tuple[list[str], list[list[str]]]:
     """Header and rows, one per student: test accuracy alone and distilled, and the gain, paired by seed.
 
     Those that were tried for the record are in :func:`record_rows`. There are no rows without a document.
+
+    Args:
+        document: the students beside the book's own.
+        results: those of the book, as ``results.json`` has them; they come first.
     """
-    by_candidate: dict[str, dict[str, Mapping]] = {}
-    for run in document["runs"] if document else ():
-        if run["kind"] == "students":
-            by_candidate.setdefault(run["candidate"], {})[run["role"]] = run
+    by_network: dict[str, dict[str, Mapping]] = {}
+    runs = [run for run in results["runs"] if run["role"] != "teacher"] if results else []
+    runs += [run for run in document["runs"] if run["kind"] == "students"] if document else []
+    for run in runs:
+        by_network.setdefault(_name(run), {})[run["role"]] = run
+    pairs = [(roles["student"], roles["distilled"]) for roles in by_network.values() if len(roles) == 2]
     rows = []
-    for roles in by_candidate.values():
-        alone, distilled = roles["student"], roles["distilled"]
+    for alone, distilled in pairs:
         gain = 100 * np.subtract(distilled["accuracy"], alone["accuracy"]).mean()
         accuracies = [percent(run["accuracy"]) for run in (alone, distilled)]
         rows.append([*_sizes(alone), *accuracies, f"{gain:+.2f}", str(len(alone["seeds"]))])
@@ -72,5 +83,9 @@ def record_rows(document: Mapping | None) -> tuple[list[str], list[list[str]]]:
     return RECORD_HEADER, rows
 
 
+def _name(run: Mapping) -> str:
+    return run["candidate"] if "candidate" in run else run["network"]
+
+
 def _sizes(run: Mapping) -> list[str]:
-    return [run["candidate"], f"{run['parameters']:,}", f"{run['size_mb']:.2f}"]
+    return [_name(run), f"{run['parameters']:,}", f"{run['size_mb']:.2f}"]
