@@ -158,6 +158,13 @@ def test_more_logits_are_nearer_to_all_of_them_at_every_temperature():
     assert torch.equal(made_up_logits(3, 20), made_up_logits(3, 20))
 
 
+def test_a_class_that_is_ruled_out_adds_nothing_to_the_errors():
+    logits = torch.tensor([[2.0, 1.0, 0.5, -math.inf], [0.0, 3.0, 1.0, -math.inf]])
+    ruled_out, low = (compact_errors(x, [1, 2, 4]) for x in (logits, logits.clamp(min=-1000)))
+    for one, other in zip(ruled_out, low, strict=True):
+        assert tuple(one) == pytest.approx(tuple(other), rel=1e-9)
+
+
 # --- what they cost --------------------------------------------------------------------------------------------------
 
 
