@@ -21,7 +21,8 @@ from kdlib.scale import (
     load_compact,
     made_up_logits,
 )
-from kdlib.soft_labels import SoftLabels, generate
+from kdlib.scale.compact import layout
+from kdlib.soft_labels import SoftLabels, generate, in_half
 from kdlib.train import Recipe, load_or_train, train
 
 pytestmark = pytest.mark.usefixtures("isolated")
@@ -127,6 +128,23 @@ def test_a_masked_class_stays_masked_and_a_logit_beyond_half_precision_stays_fin
     large = torch.tensor([[[1e6, 1e5, -1e6, 0.0]]])
     for k in (1, 2, 4):
         assert compress(SoftLabels(large, "some images"), k)(batch_of([0], [0])).isfinite().all()
+
+
+@pytest.mark.parametrize("offset", [3000.0, -50_000.0, 1e6])
+def test_what_all_logits_have_in_common_costs_no_precision(offset):
+    logits = 4 * torch.randn(6, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batch = batch_of([*range(6)], [0] * 6)
+    far = SoftLabels(in_half(logits + offset)[None], "some images")
+    for k in (5, 20):
+        rows = layout(20, k)
+        near, shifted = (rows.decode(rows.encode(x)).softmax(1) for x in (logits, logits + offset))
+        torch.testing.assert_close(shifted, near, rtol=0.1, atol=1e-5)
+        torch.testing.assert_close(compress(far, k)(batch).softmax(1), near, rtol=0.1, atol=1e-5)
+
+
+def test_logits_that_half_precision_keeps_well_are_only_rounded():
+    logits = torch.tensor([[256.0, 255.9, -7000.0], [-256.0, -300.0, -1e6], [20.01, 3.3, -5.5]])
+    assert torch.equal(in_half(logits), logits.clamp(min=-65504).half())
 
 
 def test_training_on_all_logits_gives_the_weights_of_training_on_dense_ones(image_set, toy_teacher, tmp_path):
