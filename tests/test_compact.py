@@ -346,6 +346,24 @@ def test_a_manifest_that_was_changed_is_refused(image_set, toy_teacher, tmp_path
         load_compact(tmp_path, data)
 
 
+def test_damaged_manifests_are_refused_and_kept_as_backups(image_set, toy_teacher, tmp_path, capsys):
+    data = image_set(20)
+    teacher = toy_teacher(data)
+    saved = quiet(tmp_path, teacher, data, 2, 1)
+    path = tmp_path / "manifest.json"
+    whole = json.loads(path.read_text())
+    unsealed = json.dumps({key: value for key, value in whole.items() if key != "checksum"})
+    damaged = [unsealed, "{", '{"fingerprint": {}}', unsealed.replace('"views": 2', '"views": 1')]
+    for content in damaged:
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"is not a manifest of soft labels .*: call kdlib.scale.generate_compact"):
+            load_compact(tmp_path, data)
+        assert quiet(tmp_path, teacher, data, 2, 1).identity == saved.identity
+        assert "manifest.json is not what this run needs (" in capsys.readouterr().out
+        assert json.loads(path.read_text()) == whole
+    assert sorted(other.read_text() for other in tmp_path.glob("manifest.*.json")) == sorted(damaged)
+
+
 @pytest.mark.parametrize("options", [{"shard": True}, {"shard": 2.5}, {"shard": 0}, {"batch_size": 0}])
 def test_a_size_that_is_none_is_refused(image_set, toy_teacher, tmp_path, options):
     data, (name,) = image_set(20), options

@@ -123,9 +123,9 @@ def load_compact(folder: str | PathLike, data: ImageSet) -> CompactSoftLabels:
     path = Path(folder) / MANIFEST
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: the soft labels are not complete; {AGAIN}")
-    manifest = load_document(path, "manifest of soft labels", f"delete it and {AGAIN}")
+    manifest = load_document(path, "manifest of soft labels", AGAIN, legacy=False)
     if wrong := mismatch(manifest, FORM):
-        raise ValueError(f"{path} is not a manifest of soft labels ({wrong}): delete it and {AGAIN}")
+        raise ValueError(f"{path} is not a manifest of soft labels ({wrong}): {AGAIN}")
     made_from = manifest["fingerprint"]
     if made_from["data"] != data.identity:
         raise ValueError(
@@ -251,13 +251,13 @@ def _make_room(path: Path, fingerprint: dict) -> None:
         if not path.exists():
             return
         try:
-            found = read_document(path)
-        except ValueError:
-            found = {}
-        if found.get("fingerprint") != fingerprint:
-            backup = path.with_name(f"{path.stem}.{digest(found)}{path.suffix}")
+            reason = mismatch(found := read_document(path, legacy=False), FORM)
+        except ValueError as error:
+            reason = str(error)
+        if reason or found["fingerprint"] != fingerprint:
+            backup = path.with_name(f"{path.stem}.{artefacts.file_digest(path)[:16]}{path.suffix}")
             artefacts.replace(path, backup)
-            print(f"{path} is of other soft labels than this run needs; kept as {backup.name}")
+            print(f"{path} is not what this run needs ({reason or 'other soft labels'}); kept as {backup.name}")
 
 
 def _finish(path: Path, fingerprint: dict, wanted: dict[str, dict]) -> bool:
