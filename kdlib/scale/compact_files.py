@@ -62,7 +62,8 @@ def generate_compact(
         data: the images; anything with the interface of :class:`kdlib.data.ImageSet` but its tensor of images.
         views: how many views of each image; None: all there are.
         k: how many logits of each image are kept; the number of classes: all of them, as dense soft labels do.
-        shard: images per shard; None: so many that there are 16 shards or more, of 134 MB or less.
+        shard: images per shard; None: so many that there are 16 shards or more, of 134 MB or less. Their content
+            identifies the soft labels, so with another value, a student that learned from them is trained again.
         batch_size: images at once; changes the speed only.
         rank, ranks: which of how many processes this is; None: as ``torchrun`` started them. Each makes every
             `ranks`-th shard, and the last one to finish writes the manifest. Their number may change between runs.
