@@ -221,8 +221,8 @@ def load_images(
             option out of range, or a damaged file in the cache.
         FileNotFoundError: no such folder, and nothing in the cache.
     """
-    size, workers = whole_number("size", size, 2), whole_number("workers", workers, 0)
-    validation = whole_number("validation", validation, 1)
+    size, workers = whole_number("size", size, 2), whole_number("workers", workers, 0, unit="processes")
+    validation = whole_number("validation", validation, 1, most=10**9, unit="images")
     if workers is None:
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = min(16, max(1, processors - 1))
