@@ -213,6 +213,9 @@ def load_images(
 
     Index i is the same image for everybody: images are in order of class and path.
 
+    What is kept of a tree counts as long as its paths and their sizes in bytes are the same. After exchanging pictures
+    for others of just the same size, as those of uncompressed formats are, delete the file in the cache.
+
     What is kept is read once per process, to compare its SHA-256 with the recorded one: ImageNet at 256x256, 250 GB,
     takes minutes.
 
