@@ -190,6 +190,8 @@ def resolve(name: str = "auto", *, run: str | None = None, **overrides) -> Profi
         overrides["start_from"] = None
     overrides = {key: value for key, value in overrides.items() if value is not None}
     for key in ("temperature", "alpha", "beta"):
+        if isinstance(overrides.get(key), bool):
+            raise ValueError(f"{key} is {overrides[key]}: expected a finite number")
         if isinstance(overrides.get(key), int):  # papermill makes 4 of "4", and 4.0 is the same
             overrides[key] = float(overrides[key])
     profile, effective = PROFILES[name], {}

@@ -24,6 +24,8 @@ from kdlib.losses import at_least_float32
 from kdlib.records import artefacts, identity
 from kdlib.train import Recipe, Targets, progress_bar
 
+FAR = 256.0  # half precision keeps a logit of this size to within 1/16
+
 
 @dataclass(frozen=True)
 class SoftLabels(Targets):
@@ -112,7 +114,8 @@ def generate(
 ) -> np.ndarray:
     """The teacher's logits for the first `views` views of all images: (V, N, C) float16.
 
-    Half precision keeps a logit of 20 to within 0.008, far below what one seed of the teacher differs from the next.
+    Half precision keeps a logit of 20 to within 0.008, far below what one seed of the teacher differs from the next;
+    of larger ones see :func:`in_half`.
     Under ``torchrun`` every process makes this call, asks its teacher about a share of the images, and returns all.
 
     Raises:
@@ -126,14 +129,26 @@ def generate(
     layout = gpu.place(teacher, device, data.example)
     teacher = gpu.optimize_for_gpu(teacher, device, layout, for_inference=True)
     logits = np.empty((views, len(data), data.classes), np.float16)
-    largest = float(np.finfo(np.float16).max)  # a hardly trained teacher may exceed it; infinity would end the training
     with progress_bar(views, progress, unit="view") as bar:
         for view in range(views):
             made = predict_logits(teacher, data, view=view, device=device)
             check_finite(made, data, view)
-            logits[view] = made.clamp(-largest, largest).numpy()
+            logits[view] = in_half(made).numpy()
             bar.update()
     return logits
+
+
+def in_half(logits: Tensor) -> Tensor:
+    """Logits (B, C) in half precision, finite.
+
+    Half precision is coarse far from zero: beyond 2,048 neighbouring numbers are 2 apart. So where the largest logit of
+    an image is above 256 or below -256, it is subtracted from all of the image's logits, which no softmax sees.
+    """
+    logits = at_least_float32(logits)
+    largest = logits.amax(1, keepdim=True)
+    shift = largest.where(largest.isfinite() & (largest.abs() > FAR), 0)
+    most = torch.finfo(torch.float16).max  # a hardly trained teacher may exceed it; infinity would end the training
+    return (logits - shift).clamp_(-most, most).half()
 
 
 def load_or_generate(

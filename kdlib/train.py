@@ -53,17 +53,17 @@ class Recipe:
                 object.__setattr__(self, name, value.item())
         for name, least in {"epochs": 1, "batch_size": 1, "cutout": 0}.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if type(value) is not int or value < least:  # True is an int, too
                 raise ValueError(f"{name} is {value!r}: expected a whole number of at least {least}")
-        if self.views is not None and (not isinstance(self.views, int) or self.views < 1):
+        if self.views is not None and (type(self.views) is not int or self.views < 1):
             raise ValueError(f"views is {self.views!r}: expected a whole number of at least 1, or None for all views")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed!r}: expected a whole number from 0 to 4,294,967,295")
         share = "from 0 to below 1"
         numbers = {"learning_rate": "above 0", "momentum": share, "warmup": share}
         for name, expected in (numbers | dict.fromkeys(("weight_decay", "mixup"), "of at least 0")).items():
             value = getattr(self, name)
-            finite = isinstance(value, (int, float)) and math.isfinite(value)
+            finite = type(value) in (int, float) and math.isfinite(value)
             if not finite or value < 0 or (expected == share and value >= 1) or (expected == "above 0" and not value):
                 raise ValueError(f"{name} is {value!r}: expected a number {expected}")
 

@@ -180,6 +180,14 @@ def test_outputs_are_small_and_tell_nothing_of_the_machine(path):
                 assert not re.search(r"\d+\.\d|\d ?%", alt), f"a figure that differs between profiles: {alt}"
 
 
+def test_the_letters_of_drawings_are_legible_on_a_phone():
+    for path in sorted((ROOT / "book" / "_static").glob("*.svg")):
+        drawing = path.read_text(encoding="utf-8")
+        width = float(re.search(r'viewBox="0 0 ([\d.]+) ', drawing)[1])
+        sizes = [float(size) * 340 / width for size in re.findall(r'font-size="([\d.]+)"', drawing)]  # on 390 pixels
+        assert min(sizes, default=9) >= 9, path
+
+
 @every_chapter
 def test_tagged_cells(path):
     found = tagged(nbformat.read(path, 4), TAGGED)

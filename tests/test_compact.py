@@ -21,7 +21,8 @@ from kdlib.scale import (
     load_compact,
     made_up_logits,
 )
-from kdlib.soft_labels import SoftLabels, generate
+from kdlib.scale.compact import layout
+from kdlib.soft_labels import SoftLabels, generate, in_half
 from kdlib.train import Recipe, load_or_train, train
 
 pytestmark = pytest.mark.usefixtures("isolated")
@@ -129,6 +130,23 @@ def test_a_masked_class_stays_masked_and_a_logit_beyond_half_precision_stays_fin
         assert compress(SoftLabels(large, "some images"), k)(batch_of([0], [0])).isfinite().all()
 
 
+@pytest.mark.parametrize("offset", [3000.0, -50_000.0, 1e6])
+def test_what_all_logits_have_in_common_costs_no_precision(offset):
+    logits = 4 * torch.randn(6, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batch = batch_of([*range(6)], [0] * 6)
+    far = SoftLabels(in_half(logits + offset)[None], "some images")
+    for k in (5, 20):
+        rows = layout(20, k)
+        near, shifted = (rows.decode(rows.encode(x)).softmax(1) for x in (logits, logits + offset))
+        torch.testing.assert_close(shifted, near, rtol=0.1, atol=1e-5)
+        torch.testing.assert_close(compress(far, k)(batch).softmax(1), near, rtol=0.1, atol=1e-5)
+
+
+def test_logits_that_half_precision_keeps_well_are_only_rounded():
+    logits = torch.tensor([[256.0, 255.9, -7000.0], [-256.0, -300.0, -1e6], [20.01, 3.3, -5.5]])
+    assert torch.equal(in_half(logits), logits.clamp(min=-65504).half())
+
+
 def test_training_on_all_logits_gives_the_weights_of_training_on_dense_ones(image_set, toy_teacher, tmp_path):
     data = image_set(48)
     teacher = toy_teacher(data)
@@ -156,6 +174,13 @@ def test_more_logits_are_nearer_to_all_of_them_at_every_temperature():
             assert values[-1] < values[-2] / 10  # all of them: rounding to half precision is left
     assert errors[0].bytes == 5
     assert torch.equal(made_up_logits(3, 20), made_up_logits(3, 20))
+
+
+def test_a_class_that_is_ruled_out_adds_nothing_to_the_errors():
+    logits = torch.tensor([[2.0, 1.0, 0.5, -math.inf], [0.0, 3.0, 1.0, -math.inf]])
+    ruled_out, low = (compact_errors(x, [1, 2, 4]) for x in (logits, logits.clamp(min=-1000)))
+    for one, other in zip(ruled_out, low, strict=True):
+        assert tuple(one) == pytest.approx(tuple(other), rel=1e-9)
 
 
 # --- what they cost --------------------------------------------------------------------------------------------------
@@ -319,6 +344,24 @@ def test_a_manifest_that_was_changed_is_refused(image_set, toy_teacher, tmp_path
     path.write_text('{"fingerprint": {}}')
     with pytest.raises(ValueError, match=r"is not a manifest of soft labels \(it.* has no "):
         load_compact(tmp_path, data)
+
+
+def test_damaged_manifests_are_refused_and_kept_as_backups(image_set, toy_teacher, tmp_path, capsys):
+    data = image_set(20)
+    teacher = toy_teacher(data)
+    saved = quiet(tmp_path, teacher, data, 2, 1)
+    path = tmp_path / "manifest.json"
+    whole = json.loads(path.read_text())
+    unsealed = json.dumps({key: value for key, value in whole.items() if key != "checksum"})
+    damaged = [unsealed, "{", '{"fingerprint": {}}', unsealed.replace('"views": 2', '"views": 1')]
+    for content in damaged:
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"is not a manifest of soft labels .*: call kdlib.scale.generate_compact"):
+            load_compact(tmp_path, data)
+        assert quiet(tmp_path, teacher, data, 2, 1).identity == saved.identity
+        assert "manifest.json is not what this run needs (" in capsys.readouterr().out
+        assert json.loads(path.read_text()) == whole
+    assert sorted(other.read_text() for other in tmp_path.glob("manifest.*.json")) == sorted(damaged)
 
 
 @pytest.mark.parametrize("options", [{"shard": True}, {"shard": 2.5}, {"shard": 0}, {"batch_size": 0}])

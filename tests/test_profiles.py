@@ -105,6 +105,8 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name():
         ({"n_seeds": 0}, "n_seeds is 0: expected a whole number from 1 to 1,000"),
         ({"seed": -1}, "seed is -1: expected a whole number from 0 to 4,294,965,295"),
         ({"epochs": 0}, "epochs is 0: expected a whole number of at least 1"),
+        ({"epochs": True}, "epochs is True: expected a whole number of at least 1"),
+        ({"alpha": True}, "alpha is True: expected a finite number"),
         ({"views": 0}, "views is 0: expected a whole number of at least 1, or None"),
         ({"start_from": "publised"}, "start_from is 'publised': expected one of scratch, .*; did you mean 'published'"),
         ({"start_from": 3}, "start_from is 3: expected one of scratch, published$"),

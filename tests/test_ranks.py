@@ -246,6 +246,7 @@ def test_the_command_names_what_is_wrong(isolated, capsys):
         "learning_rat=1": "learning_rat is unknown: expected one of dataset, ",
         "learning_rate": "--set 'learning_rate': expected NAME=VALUE",
         "learning_rate=high": "learning_rate is 'high': expected a number above 0",
+        "epochs=true": "epochs is True: expected a whole number of at least 1",
     }.items():
         assert cli.main(["train", "--role", "student", "--profile", "quick", "--set", value]) == 1
         assert message in capsys.readouterr().err

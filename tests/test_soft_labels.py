@@ -69,13 +69,15 @@ def test_they_are_half_precision_logits_per_view_image_and_class(image_set, toy_
     assert np.abs(found.sum(2) - 1).max() > 0.5  # logits, not probabilities
 
 
-def test_a_logit_too_large_for_half_precision_stays_finite(image_set):
+@pytest.mark.parametrize(("weight", "bias"), [(1e5, 0.0), (0.0, 3000.0), (0.0, -1e5)])
+def test_logits_too_large_for_half_precision_stay_finite_and_keep_their_probabilities(image_set, weight, bias):
     data = image_set(20)
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-    nn.init.constant_(teacher[1].weight, 1e5)
-    found = quiet_generate(teacher, data, 1)
-    assert np.isfinite(found).all()
-    assert (np.sign(found[0]) == predict_logits(teacher, data).sign().numpy()).all()
+    nn.init.constant_(teacher[1].weight, weight)
+    teacher[1].bias.data = bias + torch.tensor([0.0, 0.7, -0.7, 3.0])
+    found = torch.from_numpy(quiet_generate(teacher, data, 1))[0]
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.float().softmax(1), predict_logits(teacher, data).softmax(1), rtol=2e-3, atol=2e-3)
 
 
 def test_fewer_views_are_the_first_of_more(image_set, toy_teacher):

@@ -223,8 +223,12 @@ def test_options_that_contradict_each_other_are_refused(load):
     with pytest.raises(ValueError, match="expected SeededViews, which shift and mirror"):
         replace(load().train, flip=True)
     for validation in (-3, 0, 2.5, True):
-        with pytest.raises(ValueError, match=f"validation is {validation}: expected a whole number"):
+        with pytest.raises(ValueError, match=f"validation is {validation}: expected a whole number of images fr"):
             load(validation=validation)
+    with pytest.raises(ValueError, match="class 'n01' has no validation image"):  # not: more than a side has pixels
+        load(validation=10_000)
+    with pytest.raises(ValueError, match="workers is -1: expected a whole number of processes from 0"):
+        load(workers=-1)
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------

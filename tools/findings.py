@@ -192,10 +192,12 @@ def opening(c: Counts) -> Iterator[str]:
         )
     if c.compared:
         yield (
-            f"**Luck that no interval knows.** In {c.apart} of {c.compared} comparisons ({c.apart / c.compared:.0%}) "
+            f"**What no interval includes.** In {c.apart} of {c.compared} comparisons ({c.apart / c.compared:.0%}) "
             "the two runs differ by more than their seeds explain (Welch's t test at 5 %, so about "
             f"{0.05 * c.compared:.0f} by chance). The seeds of a run share one set of training images and one "
-            "search, whose luck is in no interval: anything above chance here comes from it."
+            "search, and neither is in the interval. The likelier cause is the search, which is made once per run: in "
+            "a separate trial, eight seeds that each had training images of their own differed no more than eight "
+            "that shared theirs."
         )
 
 

@@ -38,25 +38,30 @@ def sealed(value: Mapping) -> dict:
     return {**value, CHECKSUM: _checksum(value)}
 
 
-def load_document(path: Path, kind: str, mend: str) -> dict:
+def load_document(path: Path, kind: str, mend: str, *, legacy: bool = True) -> dict:
     """As :func:`read_document`; the error says which file is not of which kind, and how to mend it."""
     try:
-        return read_document(path)
+        return read_document(path, legacy=legacy)
     except ValueError as error:
         raise ValueError(f"{path} is not a {kind} ({error}): {mend}") from error
 
 
-def read_document(path: Path) -> dict:
+def read_document(path: Path, *, legacy: bool = True) -> dict:
     """A JSON object without its checksum, which is verified; a legacy file has none.
+
+    Args:
+        legacy: whether files of this kind were once written without a checksum.
 
     Raises:
         OSError: no such file.
-        ValueError: it is no JSON object, or was changed since it was written.
+        ValueError: it is no JSON object, was changed since it was written, or has no checksum and is not legacy.
     """
     value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, expected an object")
     expected = value.pop(CHECKSUM, None)
+    if expected is None and not legacy:
+        raise ValueError(f"it was changed since it was written: it has no {CHECKSUM}")
     if altered := [key for key in value if _differ(key, CHECKSUM) == 1]:  # or it would pass for a legacy file
         raise ValueError(f"it was changed since it was written: it has {altered[0]!r} in place of {CHECKSUM!r}")
     try:

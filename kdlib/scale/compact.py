@@ -24,10 +24,8 @@ from torch import Tensor
 from kdlib.checks.logits import check_pairing, check_plain
 from kdlib.data import Batch, ImageSet, Targets
 from kdlib.records import identity
-from kdlib.soft_labels import SoftLabels
+from kdlib.soft_labels import SoftLabels, in_half
 from kdlib.train import Recipe
-
-LARGEST = float(np.finfo(np.float16).max)  # a hardly trained teacher may exceed it; infinity would end the training
 
 
 class Layout(NamedTuple):
@@ -51,7 +49,7 @@ class Layout(NamedTuple):
 
     def encode(self, logits: Tensor) -> Tensor:
         """Logits (B, C) as bytes (B, bytes) uint8: rounded to half precision before anything is chosen or summed."""
-        halves = logits.clamp(-LARGEST, LARGEST).half()
+        halves = in_half(logits)
         if self.k == self.classes:
             return halves.contiguous().view(torch.uint8)
         top, classes = halves.float().topk(self.k, dim=1)

@@ -32,7 +32,7 @@ def compact_errors(
     teacher it is a larger share.
 
     Args:
-        logits: (N, C) of a teacher.
+        logits: (N, C) of a teacher; one of minus infinity rules a class out.
 
     Raises:
         ValueError: a k that is not between 1 and C.
@@ -44,7 +44,8 @@ def compact_errors(
         for k in ks:
             rows = layout(classes, k)
             log_compact = torch.log_softmax(rows.decode(rows.encode(logits)).double() / temperature, dim=1)
-            divergence = (log_all.exp() * (log_all - log_compact)).sum(1).mean().item()
+            terms = log_all.exp() * (log_all - log_compact)
+            divergence = terms.masked_fill(log_all == -torch.inf, 0).sum(1).mean().item()  # as p log p at p = 0
             error = (log_all.exp() - log_compact.exp()).norm(dim=1).mean() / untrained
             found.append(CompactError(temperature, k, rows.bytes, divergence, error.item()))
     return found

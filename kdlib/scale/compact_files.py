@@ -62,7 +62,8 @@ def generate_compact(
         data: the images; anything with the interface of :class:`kdlib.data.ImageSet` but its tensor of images.
         views: how many views of each image; None: all there are.
         k: how many logits of each image are kept; the number of classes: all of them, as dense soft labels do.
-        shard: images per shard; None: so many that there are 16 shards or more, of 134 MB or less.
+        shard: images per shard; None: so many that there are 16 shards or more, of 134 MB or less. Their content
+            identifies the soft labels, so with another value, a student that learned from them is trained again.
         batch_size: images at once; changes the speed only.
         rank, ranks: which of how many processes this is; None: as ``torchrun`` started them. Each makes every
             `ranks`-th shard, and the last one to finish writes the manifest. Their number may change between runs.
@@ -123,9 +124,9 @@ def load_compact(folder: str | PathLike, data: ImageSet) -> CompactSoftLabels:
     path = Path(folder) / MANIFEST
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: the soft labels are not complete; {AGAIN}")
-    manifest = load_document(path, "manifest of soft labels", f"delete it and {AGAIN}")
+    manifest = load_document(path, "manifest of soft labels", AGAIN, legacy=False)
     if wrong := mismatch(manifest, FORM):
-        raise ValueError(f"{path} is not a manifest of soft labels ({wrong}): delete it and {AGAIN}")
+        raise ValueError(f"{path} is not a manifest of soft labels ({wrong}): {AGAIN}")
     made_from = manifest["fingerprint"]
     if made_from["data"] != data.identity:
         raise ValueError(
@@ -251,13 +252,13 @@ def _make_room(path: Path, fingerprint: dict) -> None:
         if not path.exists():
             return
         try:
-            found = read_document(path)
-        except ValueError:
-            found = {}
-        if found.get("fingerprint") != fingerprint:
-            backup = path.with_name(f"{path.stem}.{digest(found)}{path.suffix}")
+            reason = mismatch(found := read_document(path, legacy=False), FORM)
+        except ValueError as error:
+            reason = str(error)
+        if reason or found["fingerprint"] != fingerprint:
+            backup = path.with_name(f"{path.stem}.{artefacts.file_digest(path)[:16]}{path.suffix}")
             artefacts.replace(path, backup)
-            print(f"{path} is of other soft labels than this run needs; kept as {backup.name}")
+            print(f"{path} is not what this run needs ({reason or 'other soft labels'}); kept as {backup.name}")
 
 
 def _finish(path: Path, fingerprint: dict, wanted: dict[str, dict]) -> bool:

@@ -213,6 +213,9 @@ def load_images(
 
     Index i is the same image for everybody: images are in order of class and path.
 
+    What is kept of a tree counts as long as its paths and their sizes in bytes are the same. After exchanging pictures
+    for others of just the same size, as those of uncompressed formats are, delete the file in the cache.
+
     What is kept is read once per process, to compare its SHA-256 with the recorded one: ImageNet at 256x256, 250 GB,
     takes minutes.
 
@@ -221,8 +224,8 @@ def load_images(
             option out of range, or a damaged file in the cache.
         FileNotFoundError: no such folder, and nothing in the cache.
     """
-    size, workers = whole_number("size", size, 2), whole_number("workers", workers, 0)
-    validation = whole_number("validation", validation, 1)
+    size, workers = whole_number("size", size, 2), whole_number("workers", workers, 0, unit="processes")
+    validation = whole_number("validation", validation, 1, most=10**9, unit="images")
     if workers is None:
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = min(16, max(1, processors - 1))

@@ -44,7 +44,11 @@ class FolderImages:
 
     @cached_property
     def identity(self) -> str:
-        """The SHA-256 of all paths, sizes and labels: a changed tree is noticed without reading its pictures."""
+        """The SHA-256 of all paths, sizes in bytes and labels: a changed tree is noticed without reading its pictures.
+
+        Times of change have no part in it, since a copy of the tree may have others. So nothing is noticed if pictures
+        were exchanged for others of just the same size in bytes.
+        """
         digest = hashlib.sha256("\0".join(self.class_names).encode())
         for file, label in zip(self.files.tolist(), self.labels.tolist(), strict=True):
             digest.update(b"%s\0%d\0%d\n" % (file, os.stat(os.path.join(os.fsencode(self.root), file)).st_size, label))

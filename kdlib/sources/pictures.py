@@ -175,7 +175,7 @@ def check_depth(kinds: dict[Kind, int] | list[Kind], where: str) -> None:
         )
 
 
-def whole_number(name: str, value: object, least: int, most: int = LARGEST) -> int | None:
+def whole_number(name: str, value: object, least: int, most: int = LARGEST, unit: str = "pixels") -> int | None:
     """A whole number, of Python's or NumPy's kind, within bounds; None stays None."""
     if value is None:
         return None
@@ -185,5 +185,5 @@ def whole_number(name: str, value: object, least: int, most: int = LARGEST) -> i
         number = None
     if number is None or isinstance(value, bool) or not least <= number <= most:
         bound = f"from {least} to {most:,}" + ", a quarter of the shorter side" * (name == "padding")
-        raise ValueError(f"{name} is {value!r}: expected a whole number of pixels {bound}")
+        raise ValueError(f"{name} is {value!r}: expected a whole number of {unit} {bound}")
     return number
