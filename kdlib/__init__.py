@@ -24,7 +24,7 @@ from kdlib.soft_labels import LiveTeacher, SoftLabels, generate, load_or_generat
 from kdlib.sources.teachers import adapt_teacher
 from kdlib.train import Recipe, load_or_train, train
 
-# Raised by hand if a change alters what a GPU computes; pages published under another number are stale.
+# Raised by hand if a change alters what a GPU computes; pages that one computed under another number are stale.
 NUMERICS = 1
 
 __all__ = [

@@ -142,7 +142,8 @@ def in_half(logits: Tensor) -> Tensor:
     """Logits (B, C) in half precision, finite.
 
     Half precision is coarse far from zero: beyond 2,048 neighbouring numbers are 2 apart. So where the largest logit of
-    an image is above 256 or below -256, it is subtracted from all of the image's logits, which no softmax sees.
+    an image is above 256 or below -256, it is subtracted from all of the image's logits. No softmax sees that; a loss
+    that compares the logits themselves does.
     """
     logits = at_least_float32(logits)
     largest = logits.amax(1, keepdim=True)

@@ -202,9 +202,12 @@ def test_a_changed_recipe_makes_a_page_stale(page):
 
 
 @pytest.mark.usefixtures("no_canary")
-def test_pages_under_another_number_are_stale(page, monkeypatch):
+def test_pages_that_a_gpu_computed_under_another_number_are_stale(page, monkeypatch):
     monkeypatch.setattr(kdlib, "NUMERICS", kdlib.NUMERICS + 1)
+    page.stamp["device"] = "NVIDIA H100 80GB HBM3"
     assert str(page.state()) == f"stale: kdlib.NUMERICS is {kdlib.NUMERICS}, was {kdlib.NUMERICS - 1}"
+    page.stamp["device"] = "CPU, 1 thread"  # which a change of what a GPU computes does not concern
+    assert page.state().kind == "current"
 
 
 BROKEN = {

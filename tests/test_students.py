@@ -34,10 +34,16 @@ def with_candidates(monkeypatch, module):
 
     of = candidates.Candidate
     few = {"plain": of("students", "tiny_cnn", 2), "a": of("record", "perceptron", 2), "b": of("record", "tiny_cnn", 2)}
-    for holder in (module, candidates):
-        monkeypatch.setattr(holder, "CANDIDATES", few)
+    give(monkeypatch, module, few)
     monkeypatch.setattr(module.evaluate, "latency", lambda model, shape, batch, device: batch / 4)  # takes its time
     return module
+
+
+def give(monkeypatch, module, table):
+    import candidates
+
+    for holder in (module, candidates):
+        monkeypatch.setattr(holder, "CANDIDATES", table)
 
 
 def train_all(students, names="plain a b"):
@@ -279,7 +285,56 @@ def test_nothing_is_trained_for_a_measurement(students, folder, capsys):
     known["fingerprint"]["targets"]["weights"] = "0" * 16
     artefacts.save_document(artefacts.record_path(path), known)
     assert students.main(["publish", *LITTLE]) == 1
-    assert "targets.weights is 0000000000000000" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "a: not measured, since" in said.out
+    assert "targets.weights is 0000000000000000" in said.out
+    assert "no candidate in" in said.err
+
+
+def test_one_outdated_candidate_does_not_stop_the_others(students, folder, capsys):
+    train_all(students, "a b")
+    path = folder / "record_a_seed0.pth"
+    known = artefacts.record(path)
+    known["fingerprint"]["targets"]["weights"] = "0" * 16
+    artefacts.save_document(artefacts.record_path(path), known)
+    assert students.main(["publish", *LITTLE]) == 0
+    assert "a: not measured, since" in capsys.readouterr().out
+    document = load_students(folder / "students.json")
+    assert {run["candidate"] for run in document["runs"]} == {"b"}
+
+
+def test_a_recipe_that_changes_after_the_test_is_another_candidate(students, monkeypatch, folder, capsys):
+    train_all(students, "a")
+    assert students.main(["publish", *LITTLE]) == 0
+    before = load_students(folder / "students.json")
+    changed = {**students.CANDIDATES, "a": dataclasses.replace(students.CANDIDATES["a"], rate=0.5)}
+    give(monkeypatch, students, changed)
+    train_all(students, "a")
+    assert students.main(["publish", *LITTLE]) == 1
+    assert "a was tested with another recipe" in capsys.readouterr().err
+    assert load_students(folder / "students.json") == before
+    renamed = {"c" if name == "a" else name: one for name, one in changed.items()}  # as the message advises
+    give(monkeypatch, students, renamed)
+    train_all(students, "c")
+    assert students.main(["publish", *LITTLE]) == 0
+    assert {run["candidate"] for run in load_students(folder / "students.json")["runs"]} == {"a", "c"}
+
+
+def test_students_of_two_teachers_are_not_published_together(students, folder, capsys):
+    train_all(students, "a")
+    assert students.main(["publish", *LITTLE]) == 0
+    path = folder / "students.json"
+    document = load_students(path)
+    for run in document["runs"]:
+        run["teacher"], run["candidate"] = "0" * 16, "earlier"
+    artefacts.save_document(path, document)
+    assert students.main(["publish", *LITTLE]) == 1
+    assert "the students have 2 teachers, expected one" in capsys.readouterr().err
+
+
+def test_a_search_says_what_to_do_with_its_rate(students, capsys):
+    assert students.main(["search", "a", *LITTLE, "--rates", "0.1", "0.05", "0.1", "--epochs", "1"]) == 0
+    assert "give a rate=" in capsys.readouterr().out
 
 
 def test_a_network_that_is_too_large_is_no_candidate(students, monkeypatch, capsys):

@@ -9,7 +9,7 @@ kdlib/gpu is exempt from (a), since no CPU can say what a GPU computes. After a 
 
     python tools/stale.py gpu-unchanged "the kernel reads its input once instead of twice: same sums in the bench"
 
-or raise ``kdlib.NUMERICS``, and every page that was run under another number is stale.
+or raise ``kdlib.NUMERICS``, and every page that a GPU computed under another number is stale.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def state(chapter: Chapter, stamp: dict) -> State:
     if then is None:
         return State("stale", ("stamped before records of this kind",), commit)
     changes = []
-    if then["numerics"] != kdlib.NUMERICS:
+    on_gpu = not stamp.get("device", "").startswith("CPU")  # that a composed page names, too
+    if on_gpu and then["numerics"] != kdlib.NUMERICS:
         changes.append(f"kdlib.NUMERICS is {kdlib.NUMERICS}, was {then['numerics']}")
     changes += changed_recipe(stamp["profile"], then["recipe"])
     modules = [name for name, digest in then["modules"].items() if trees.module_digest(name) != digest]

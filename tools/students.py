@@ -78,8 +78,8 @@ def stopping_after(minutes: float) -> Iterator[None]:
     except Stopped:
         raise Failed("stopped before all was trained: the same command goes on from there") from None
     finally:
+        timer.cancel()  # first: a timer that comes later would kill
         signal.signal(signal.SIGTERM, before)
-        timer.cancel()
 
 
 def train(options: argparse.Namespace) -> None:
@@ -110,11 +110,13 @@ def search(options: argparse.Namespace) -> None:
         recipe = dataclasses.replace(one.recipe, epochs=epochs)
         setup = lab.TrainingSetup(one.candidate.network, data.train, loss_fn, recipe, lambda seed: targets)
         store = lab.RowStore(settings.folder / "students_search.json", profile=settings.name, dataset=settings.dataset)
-        rates = options.rates or [factor * recipe.learning_rate for factor in (0.5, 1, 2)]
+        rates = sorted(set(options.rates or [factor * recipe.learning_rate for factor in (0.5, 1, 2)]))
         seeds = settings.search_seeds[:1]
-        found = lab.tune(store, {one.name: setup}, {"learning_rate": sorted(rates)}, seeds, data.validation)[one.name]
+        found = lab.tune(store, {one.name: setup}, {"learning_rate": rates}, seeds, data.validation)[one.name]
     tried = [[f"{rate:g}", f"{accuracy:.2%}"] for rate, accuracy in found.tried["learning_rate"].items()]
     print(plots.text_table(["learning rate", f"validation accuracy after {epochs} epochs"], tried))
+    rate = found.best["learning_rate"] / settings.student_recipe.learning_rate
+    print(f"to train with the best of them, give {one.name} rate={rate:g} in tools/candidates.py")
 
 
 def told(accuracy: list[float], seconds: list[float]) -> str:
@@ -143,22 +145,29 @@ def publish(options: argparse.Namespace) -> None:
     path = BOOK / "published" / settings.name / "students.json"
     path = settings.folder / path.name if settings.run else path
     before = load_students(path)["runs"] if path.exists() else []
-    complete = []
-    for name in CANDIDATES:
-        if missing := [one.path.name for one in trainings(name, settings) if one.state() != "trained"]:
+    wanted = {name: trainings(name, settings) for name in CANDIDATES}
+    for name in list(wanted):
+        if missing := [one.path.name for one in wanted[name] if one.state() != "trained"]:
             print(f"{name}: not measured, since it lacks {', '.join(missing)}")
-        else:
-            complete.append(name)
-    if not complete:
+            del wanted[name]
+    if not wanted:
         raise Failed(f"no candidate is trained in {settings.folder}: python tools/students.py train CANDIDATE")
     data = kdlib.load_data(settings.dataset, **settings.images)
     teacher = existing_teacher(settings, data)
-    trained: dict[tuple[str, str], dict[Training, Network]] = {}
-    for one in (one for name in complete for one in trainings(name, settings)):
-        trained.setdefault((one.name, one.role), {})[one] = existing(one, data, teacher)
+    for name in list(wanted):
+        if outdated := "; ".join(filter(None, (outdated_by(one, data, teacher) for one in wanted[name]))):
+            print(f"{name}: not measured, since {outdated}: train it again")
+            del wanted[name]
+    if not wanted:
+        raise Failed(f"no candidate in {settings.folder} is as it would be trained now")
+    complete, trained = list(wanted), {}
+    for one in (one for name in complete for one in wanted[name]):
+        trained.setdefault((one.name, one.role), {})[one] = one.load_or_train(data, teacher)
     runs = [described(networks, data, teacher) for networks in trained.values()]
     runs += [run for run in before if run["candidate"] not in complete]
-    runs.sort(key=lambda run: list(CANDIDATES).index(run["candidate"]))
+    check_runs(runs, before)
+    order = list(CANDIDATES)  # what was published of a candidate that is none any more comes last
+    runs.sort(key=lambda run: order.index(run["candidate"]) if run["candidate"] in order else len(order))
     chosen = choose(runs)
     was_tested = {run["candidate"] for run in before if "accuracy" in run}  # and is shown, whatever it is now
     for run in runs:
@@ -182,7 +191,8 @@ def publish(options: argparse.Namespace) -> None:
     }
     save_document(settings.folder / path.name, document)
     if not settings.run:
-        made = {name: runs[-1][name] for name in ("device", "date")} | {"commit": stale.commit()}
+        newest = max(runs, key=lambda run: run["date"])
+        made = {name: newest[name] for name in ("device", "date")} | {"commit": stale.commit()}
         keep(path, as_text(sealed(document)).encode(), {"profile": settings.name}, made)
         pin()
     for table in (student_rows, record_rows):
@@ -192,22 +202,39 @@ def publish(options: argparse.Namespace) -> None:
 
 def existing_teacher(settings: Profile, data: Data) -> Network:
     """The book's teacher, which is never trained for a measurement."""
+    path = settings.folder / settings.file("teacher")
     wanted = fingerprint(settings.teacher, data.train, F.cross_entropy, settings.teacher_recipe)
-    check_made(settings.folder / settings.file("teacher"), wanted)
+    if wrong := made_otherwise(path, wanted):
+        raise Failed(f"{wrong}: run chapter 02 again, then train the students, then publish")
     return kdlib.load_teacher(settings, data)
 
 
-def existing(one: Training, data: Data, teacher: Network) -> Network:
-    """A network that was trained before; Failed if it was made from something else."""
+def outdated_by(one: Training, data: Data, teacher: Network) -> str:
+    """In which way a network was made otherwise than it would be now; empty if in none."""
     loss_fn, targets = one.objective(teacher)
-    check_made(one.path, fingerprint(one.candidate.network, data.train, loss_fn, one.recipe, targets))
-    return one.load_or_train(data, teacher)
+    return made_otherwise(one.path, fingerprint(one.candidate.network, data.train, loss_fn, one.recipe, targets))
 
 
-def check_made(path: Path, wanted: dict) -> None:
-    """Failed if a network was not made from that."""
-    if wrong := differences(artefacts.record(path).get("fingerprint"), as_read(wanted)):
-        raise Failed(f"{path} is not what would be trained now ({wrong}): train it again, then publish")
+def made_otherwise(path: Path, wanted: dict) -> str:
+    """In which way a file was made otherwise than `wanted`; empty if in none."""
+    wrong = differences(artefacts.record(path).get("fingerprint"), as_read(wanted))
+    return f"{path} is not what would be trained now ({wrong})" if wrong else ""
+
+
+def check_runs(runs: list[dict], before: list[dict]) -> None:
+    """Failed if runs do not belong together, or if a recipe was changed after its test accuracy was known."""
+    if len(teachers := {run["teacher"] for run in runs}) > 1:
+        raise Failed(
+            f"the students have {len(teachers)} teachers, expected one: train all of them under the teacher of now, or "
+            "remove the others' runs from what is published"
+        )
+    for old in (run for run in before if run["kind"] == "record" and "accuracy" in run):
+        for run in runs:
+            if (run["candidate"], run["role"]) == (old["candidate"], old["role"]) and run["recipe"] != old["recipe"]:
+                raise Failed(
+                    f"{run['candidate']} was tested with another recipe ({differences(old['recipe'], run['recipe'])}): "
+                    "give it the new recipe under another name"
+                )
 
 
 def described(networks: dict[Training, Network], data: Data, teacher: Network) -> dict[str, object]:
@@ -235,8 +262,8 @@ def described(networks: dict[Training, Network], data: Data, teacher: Network) -
         "seeds": [training.seed for training in networks],
         "validation_accuracy": [evaluate.scores(n.logits["validation"], labels).accuracy for n in networks.values()],
         "seconds": [network.history.seconds[-1] for network in networks.values()],
-        "device": first.provenance["device"],
-        "date": first.provenance["date"],
+        "device": ", ".join(dict.fromkeys(network.provenance["device"] for network in networks.values())),
+        "date": max(network.provenance["date"] for network in networks.values()),
         "latency_ms": {
             gpu.device_name(device): {str(n): evaluate.latency(first.model, shape, n, device) for n in batches}
             for device in devices

@@ -20,11 +20,13 @@ RECORD_HEADER = ["network", "parameters", "file, MB", "validation accuracy", "te
 
 
 def published_students(profile: str = "full") -> dict | None:
-    """The published document of a profile; None if there is none.
+    """The document that the clone publishes at a profile; None if there is none.
 
     Raises:
         ValueError: the file is not what was published.
     """
+    if clone_folder() is None:  # where what is fetched can be older or newer than this kdlib
+        return None
     try:
         path = published_file(profile, "students.json", outputs_folder() / profile)
     except FileNotFoundError:
