@@ -196,8 +196,9 @@ def opening(c: Counts) -> Iterator[str]:
             "the two runs differ by more than their seeds explain (Welch's t test at 5 %, so about "
             f"{0.05 * c.compared:.0f} by chance). The seeds of a run share one set of training images and one "
             "search, and neither is in the interval. The likelier cause is the search, which is made once per run: in "
-            "a separate trial, eight seeds that each had training images of their own differed no more than eight "
-            "that shared theirs."
+            "a separate trial (MNIST, profile laptop, CPU, eight seeds each; not among these records), the gain of "
+            "distillation had a standard deviation of 0.11 points over seeds with training images of their own, and "
+            "of 0.26 over seeds that shared theirs."
         )
 
 
