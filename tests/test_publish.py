@@ -556,6 +556,9 @@ def test_the_page_of_verdicts_shows_both_runs_and_what_they_took(pages):
     publishing.fill_findings(experiment("full", hard=0.5, soft=0.3))  # has a column; laptop has the verdict
     text = written(pages)
     assert "second run alone | at profile full |" in text
+    assert (
+        "At profile full, whose differences are in the chapter: any, CPU, 2026-01-31: 6 measurements in 5 min." in text
+    )
     assert f"| {supported} | {contradicted} | {contradicted} |\n" in text
     assert text.count("## [01") == 1
 

@@ -29,7 +29,7 @@ class Finding:
     rows: Mapping
     repeat: Mapping | None  # the rows of the second run
     verdicts: list[lab.Verdict]  # of both runs together
-    at_full: dict[str, str]  # by the claim's text; empty unless there are rows of both profiles
+    full: Mapping | None  # the rows at profile full, if `rows` are laptop's
 
     @property
     def runs(self) -> tuple[Mapping, ...]:
@@ -66,8 +66,7 @@ def found(chapter: Chapter, experiment: str) -> Finding | None:
         return None
     repeat = rows_of("laptop-repeat", experiment) if laptop else None
     repeat = repeat if repeat and replication.fits(repeat, rows) else None
-    at_full = {one.claim["text"]: one.verdict for one in lab.verdicts(full)} if laptop and full else {}
-    return Finding(chapter, rows, repeat, lab.verdicts(rows, repeat), at_full)
+    return Finding(chapter, rows, repeat, lab.verdicts(rows, repeat), full if laptop else None)
 
 
 # --- counts over all chapters --------------------------------------------------------------------------------------
@@ -206,10 +205,9 @@ def section(finding: Finding) -> str:
     """An experiment's heading, table, and what it took."""
     chapter, rows = finding.chapter, finding.rows
     name = "" if rows["experiment"] == chapter.path.stem else f": {rows.get('title') or rows['experiment'][3:]}"
-    more = {"at profile full": finding.at_full} if finding.at_full else {}
+    full = finding.full
+    more = {"at profile full": {one.claim["text"]: one.verdict for one in lab.verdicts(full)}} if full else {}
     table = replication.table(finding.verdicts, RUNS if finding.repeat else (), more).data
-    devices = ", ".join(dict.fromkeys(row["device"] for run in finding.runs for row in run["rows"]))
-    measured = " and ".join(f"{len(run['rows'])} measurements in {duration(lab.cost(run))}" for run in finding.runs)
     halves = [
         100 * estimate.half
         for one in finding.verdicts
@@ -220,8 +218,16 @@ def section(finding: Finding) -> str:
     count = {1: "One run", 2: "Two runs"}[len(finding.runs)]
     return (
         f"## [{chapter.number} {chapter.title}]({chapter.path.name}){name} (profile {rows['profile']})\n\n{table}\n\n"
-        f"{count} on {rows['dataset']}, {devices}, {rows['date']}: {measured}.{width}"
+        f"{count} on {conditions(*finding.runs)}.{width}"
+        + (f" At profile full, whose differences are in the chapter: {conditions(full)}." if full else "")
     )
+
+
+def conditions(*runs: Mapping) -> str:
+    """What runs of one experiment were measured on, and how much of it; the data set and date are the first run's."""
+    devices = " and ".join(dict.fromkeys(row["device"] for run in runs for row in run["rows"]))
+    measured = " and ".join(f"{len(run['rows'])} measurements in {duration(lab.cost(run))}" for run in runs)
+    return f"{runs[0]['dataset']}, {devices}, {runs[0]['date']}: {measured}"
 
 
 def shown_controls() -> str:
